@@ -1,0 +1,101 @@
+"""Typed batches: what the loader hands to a training step.
+
+Shape legend: N images, B text rows (rows may share an image), L tokens, M masked slots, A answers,
+P = 1 + patches (the class token comes first). Images are uint8 RGB; they are normalised on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "PretrainBatch", "VqaBatch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What every batch has.
+
+    Attributes:
+        images: (N, 3, H, W) uint8.
+        image_index: (B,) int64, the image of each text row; `arange(N)` when rows and images are one to one.
+        valid: (B,) bool; False marks padding rows, which evaluation adds so that all ranks step equally often.
+        keys: B sample keys, for provenance and error messages.
+    """
+
+    images: Tensor
+    image_index: Tensor
+    valid: Tensor
+    keys: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """B, the number of text rows."""
+        return self.image_index.shape[0]
+
+    def _map_tensors(self, change) -> Self:
+        changed = {
+            field.name: change(value)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **changed)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same batch with every tensor on `device`."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same batch in page-locked memory (called by torch's DataLoader)."""
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainBatch(Batch):
+    """Image-text pairs, or region rows when `region_mask` is given (X-VLM, section 3 of 2111.08276).
+
+    Attributes:
+        text_ids, text_mask: (B, L) int64 / bool, clean text; the mask is True on real tokens.
+        mlm_ids: (B, L) int64, the same text with some tokens masked.
+        mlm_positions, mlm_labels: (B, M) int64; unused slots have position 0 and label -100.
+        region_mask: (B, P) bool, patches (and class token) that a region row may see; None on a general batch.
+        boxes: (B, 4) float32 in normalised (cx, cy, w, h); None on a general batch.
+        is_region: (B,) bool, False on rows that caption the whole image; None on a general batch.
+    """
+
+    text_ids: Tensor
+    text_mask: Tensor
+    mlm_ids: Tensor
+    mlm_positions: Tensor
+    mlm_labels: Tensor
+    region_mask: Tensor | None = None
+    boxes: Tensor | None = None
+    is_region: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqaBatch(Batch):
+    """Questions about images, with weighted answers.
+
+    Attributes:
+        question_ids, question_mask: (B, L) int64 / bool.
+        answer_ids, answer_mask: (A, La) int64 / bool: [CLS] answer tokens [SEP]; A >= B, several per question.
+        answer_row: (A,) int64, the question row of each answer.
+        answer_weight: (A,) float32, share of annotators (sums to at most 1 for each question).
+        answers: B dicts answer -> weight, as annotated (for metrics and pictures; plain strings).
+        questions: B question strings.     question_types: B type names ("" where unknown).
+    """
+
+    question_ids: Tensor
+    question_mask: Tensor
+    answer_ids: Tensor
+    answer_mask: Tensor
+    answer_row: Tensor
+    answer_weight: Tensor
+    answers: tuple[dict[str, float], ...]
+    questions: tuple[str, ...]
+    question_types: tuple[str, ...]

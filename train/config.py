@@ -1,0 +1,218 @@
+"""RunConfig: one typed run file. Every section is a frozen dataclass; an unknown key is an error.
+
+A recipe is YAML with the sections below. `a.b=c` on the command line overrides one key. Values are resolved in
+the order: defaults here, recipe, overrides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "InitialiseConfig",
+    "KdConfig",
+    "LogConfig",
+    "OptimConfig",
+    "PruneConfig",
+    "RegionConfig",
+    "RunConfig",
+    "TeacherConfig",
+]
+
+Stage = Literal["pretrain", "distill", "finetune", "prune"]
+TaskName = Literal["pretrain", "vqa"]
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RegionConfig:
+    """Region batches (X-VLM). With `probability` a region step runs BEFORE the general step, as its own
+    optimizer step; the learning-rate schedule counts general steps only."""
+
+    probability: float = 0.0
+    images: int = 48
+    rows: int = 128
+    max_regions: int = 5
+    min_fraction_in_crop: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DataConfig:
+    """Shards and how a batch is made from them.
+
+    Attributes:
+        train, val: folders made by `espalier data ...` (with manifest.json).
+        region: folder for region batches; None uses `train`.
+        batch: images per rank and micro-batch.   rows_per_image: questions drawn per image (VQA).
+        max_tokens: text length after padding.   augment: "none", "blocksworld", "pretrain" or "finetune".
+        window_blocks, block: shuffle window (blocks of samples mixed at a time) and block size.
+        faults: "raise", or "skip" (count, record, substitute) for samples that cannot be decoded.
+    """
+
+    train: str
+    val: str | None = None
+    region_train: str | None = None
+    tokenizer: str | None = None
+    batch: int = 64
+    rows_per_image: int = 1
+    max_tokens: int = 40
+    max_answer_tokens: int = 8
+    mlm_probability: float = 0.25
+    mlm_max: int = 8
+    augment: str = "none"
+    workers: int = 0
+    block: int = 256
+    window_blocks: int = 64
+    faults: Literal["raise", "skip"] = "raise"
+    max_fault_rate: float = 0.001
+    region: RegionConfig = RegionConfig()
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class InitialiseConfig:
+    """Where the student's first weights come from.
+
+    Attributes:
+        source: "random", "teacher" (cut by the layer map) or a model folder.
+        vision_map, text_map, fusion_map, decoder_map: teacher layer of each student layer; None is 1, 3, 5, ...
+    """
+
+    source: str = "random"
+    vision_map: tuple[int, ...] | None = None
+    text_map: tuple[int, ...] | None = None
+    fusion_map: tuple[int, ...] | None = None
+    decoder_map: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TeacherConfig:
+    """The frozen teacher. dtype "auto": fp16 where the device is fast at it, else bf16, else fp32."""
+
+    path: str | None = None
+    dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    backend: Literal["auto", "deepspeed", "torch"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class OptimConfig:
+    """AdamW and its schedule. `new_lr_multiplier` applies to freshly initialised modules (published: 2)."""
+
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    clip: float = 1.0
+    new_lr_multiplier: float = 1.0
+    steps: int = 1000
+    warmup_steps: int = 0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class KdConfig:
+    """Distillation weights (EfficientVLM section 3.2; defaults are the published ones for pre-training).
+
+    total = task_weight * task + kd_weight * sum of the weighted terms below.
+    """
+
+    task_weight: float = 0.6
+    kd_weight: float = 0.4
+    temperature: float = 1.0
+    logits: float = 1.0
+    text: float = 1.0
+    image: float = 1.0
+    image_hidden: float = 0.1
+    fusion: float = 1.0
+    decoder: float = 1.0
+    cross_attention: bool = False
+    attention: Literal["probabilities", "kl", "none"] = "probabilities"
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PruneConfig:
+    """Modal-adaptive L0 pruning (EfficientVLM section 3.3).
+
+    Attributes:
+        sparsity: target share of prunable parameters removed.
+        ramp_steps: steps over which the target grows from 0.
+        freeze_step: from here the structure is fixed (deterministic gates); None never.
+        modalities: which encoders carry gates.
+    """
+
+    sparsity: float = 0.25
+    ramp_steps: int = 1000
+    freeze_step: int | None = None
+    lr: float = 0.01
+    head_init: float = 10.0
+    ffn_init_drop: float = 0.5
+    modalities: tuple[Literal["vision", "text", "fusion", "decoder"], ...] = ("vision", "text", "fusion", "decoder")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EngineConfig:
+    """DeepSpeed. `config` is a name in ds_configs/ or a path.
+
+    precision: "fp32", "bf16" (autocast, fp32 parameters), "fp16" (engine mode, dynamic loss scale).
+    """
+
+    config: str = "zero1"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulate: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class CheckpointConfig:
+    every: int = 500
+    keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class LogConfig:
+    every: int = 20
+    histograms_every: int = 200
+    pictures_every: int = 500
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EvalConfig:
+    """Validation during training: every `every` general steps (0: only at the end), on `samples` rows (0: all)."""
+
+    every: int = 0
+    samples: int = 0
+    batch: int = 64
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RunConfig:
+    """One training stage.
+
+    Attributes:
+        out: run directory.
+        model: preset name, model folder, or inline ModelConfig values of the student (the model being trained).
+        loss: weight of each task loss by name; a name left out has weight 1.
+    """
+
+    stage: Stage
+    task: TaskName
+    out: str
+    data: DataConfig
+    model: str | dict[str, Any]
+    seed: int = 0
+    initialise: InitialiseConfig = InitialiseConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    optim: OptimConfig = OptimConfig()
+    loss: dict[str, float] = field(default_factory=dict)
+    kd: KdConfig = KdConfig()
+    prune: PruneConfig | None = None
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    eval: EvalConfig = EvalConfig()
