@@ -1,0 +1,212 @@
+"""Trains a GateBank beside the engine: own optimizers in fp32, gradients reduced here, multipliers ascending."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.optim import AdamW
+
+from models.gates import GateBank
+from models.pruning.budget import meet_budget, target_sparsity
+from models.pruning.lagrangian import lagrangian
+from train.config import PruneConfig
+
+__all__ = ["GateOptimizer"]
+
+_log = logging.getLogger(__name__)
+_BETAS = (0.9, 0.98)
+_FAR = 0.05  # a structure this far from its target says that the constraint had not converged
+
+
+def _adamw(parameter: Tensor, lr: float, maximize: bool = False) -> AdamW:
+    return AdamW([parameter], lr=lr, betas=_BETAS, eps=1e-8, weight_decay=0.0, maximize=maximize)
+
+
+def _optimizer_state(optimizer: AdamW, parameter: Tensor) -> dict[str, Tensor]:
+    """Moments under their names: torch's own state dict has integer keys, which JSON would turn into strings."""
+    return {
+        name: value.detach().cpu().clone() for name, value in optimizer.state[parameter].items()
+    }
+
+
+def _load_optimizer_state(optimizer: AdamW, moments: Mapping[str, Tensor]) -> None:
+    state = optimizer.state_dict()
+    state["state"] = {0: dict(moments)} if moments else {}
+    optimizer.load_state_dict(state)
+
+
+class GateOptimizer:
+    """One step of the gates per optimizer step of the model.
+
+        gates.begin_step(step, generator)      # z into the slots: leaves, shared by all micro-batches
+        ... forward and backward of every micro-batch ...
+        gates.finish_step(step, applied, grad_scale)
+
+    Steps count applied or skipped general steps from 0. From `freeze_step` on the structure is fixed: gates that
+    meet the budget exactly are made once and kept in the state; neither gates nor multipliers move any more (the
+    published code let the Lagrangian push them on without a task signal).
+    """
+
+    def __init__(
+        self, bank: GateBank, prune: PruneConfig, device: torch.device | str, world_size: int
+    ) -> None:
+        self.bank = bank.to(device)
+        self.prune = prune
+        self.world_size = world_size
+        self.skipped = 0
+        self._gate_optimizer = _adamw(bank.log_alpha, prune.lr)
+        self._multiplier_optimizer = _adamw(bank.multipliers, prune.lr, maximize=True)
+        self._sampled: Tensor | None = (
+            None  # (G,) with its graph to log-alpha, of the step under way
+        )
+        self._frozen: Tensor | None = None
+        self._step = 0
+
+    @property
+    def frozen(self) -> bool:
+        """True once the structure is fixed."""
+        return self._frozen is not None
+
+    def begin_step(self, step: int, generator: torch.Generator) -> None:
+        """Writes this step's gates into the slots: sampled, or the fixed structure from `freeze_step` on.
+
+        `generator`: CPU, keyed by (seed, step), so that every rank draws the same noise (see GateBank.sample).
+        """
+        self._step = step
+        if self.prune.freeze_step is not None and step >= self.prune.freeze_step:
+            self.freeze()
+            assert self._frozen is not None
+            self._sampled = None
+            self.bank.write(self._frozen, requires_grad=False)
+            return
+        self._sampled = self.bank.sample(generator)
+        self.bank.write(self._sampled)
+
+    def finish_step(self, step: int, applied: bool, grad_scale: float = 1.0) -> None:
+        """Updates gates and multipliers from the gradients that reached the slots, and clears the slots.
+
+        applied: whether the engine applied its own update; it must be the same on every rank, as the engine's
+            overflow flag is, because only then do all ranks enter the reduction.
+        grad_scale: loss scale that is still in the gradients (fp16), by which they are divided.
+        """
+        sampled, self._sampled = self._sampled, None
+        gradient = self.bank.gradient()
+        self.bank.clear()
+        if sampled is None:
+            return
+        if not applied:
+            self.skipped += 1
+            return
+        gradient = self._reduced(gradient / grad_scale)
+        # The reduced gradient is the same on every rank, and so is this decision.
+        if not bool(torch.isfinite(gradient).all()):
+            self.skipped += 1
+            return
+        (task,) = torch.autograd.grad(sampled, self.bank.log_alpha, gradient)
+        self._update(task, target_sparsity(step, self.prune.sparsity, self.prune.ramp_steps))
+
+    def _reduced(self, gradient: Tensor) -> Tensor:
+        """Mean over ranks of dL/dz. The noise is shared, so reducing before the sampling graph equals after it."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(gradient)
+            gradient /= self.world_size
+        return gradient
+
+    def _update(self, task: Tensor, target: float) -> None:
+        """task: (G,) gradient of the task loss by log-alpha. The constraint does not depend on the data: every rank
+        has the same one, so it is added once, after the reduction."""
+        bank = self.bank
+        penalty = lagrangian(bank.expected_sparsity(), target, bank.multipliers)
+        constraint, ascent = torch.autograd.grad(penalty, (bank.log_alpha, bank.multipliers))
+        bank.log_alpha.grad, bank.multipliers.grad = task + constraint, ascent
+        self._gate_optimizer.step()
+        self._multiplier_optimizer.step()
+        bank.log_alpha.grad = bank.multipliers.grad = None
+        bank.clamp()
+
+    def freeze(self) -> None:
+        """Fixes the structure now; does nothing when it is fixed."""
+        if self._frozen is None:
+            self._frozen = self._final()
+
+    def _final(self) -> Tensor:
+        reached = float(self.bank.actual_sparsity(self.bank.deterministic()))
+        if abs(reached - self.prune.sparsity) > _FAR:
+            _log.warning(
+                "gates stand at sparsity %.3f, target %.3f: the rest is cut by rank; give the constraint more steps "
+                "(prune.ramp_steps, prune.freeze_step) or a larger prune.lr",
+                reached,
+                self.prune.sparsity,
+            )
+        return meet_budget(self.bank, self.prune.sparsity)
+
+    def structure(self) -> dict[str, Tensor]:
+        """Slot name -> (U,) gates of exactly 0 or 1 that meet the budget: what surgery cuts. Does not freeze."""
+        final = self._final() if self._frozen is None else self._frozen
+        return {name: part.clone() for name, part in self.bank.split(final).items()}
+
+    def hard_gates(self) -> Tensor:
+        """(G,) gates of 0 or 1 that evaluation uses: the fixed structure, else the deterministic gates."""
+        return self.bank.deterministic() if self._frozen is None else self._frozen
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Deterministic gates in the slots for the duration; what was there before comes back."""
+        before = self.bank.values()
+        self.bank.write(self.hard_gates(), requires_grad=False)
+        try:
+            yield
+        finally:
+            self.bank.restore(before)
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """target, expected and actual sparsity, actual sparsity by modality, and the multipliers.
+
+        Waits for the device; call it when a line is logged, not in every step.
+        """
+        bank, hard = self.bank, self.hard_gates()
+        record = {
+            "target": target_sparsity(self._step, self.prune.sparsity, self.prune.ramp_steps),
+            "expected": float(bank.expected_sparsity()),
+            "actual": float(bank.actual_sparsity(hard)),
+        }
+        record |= {name: float(bank.actual_sparsity(hard, name)) for name in bank.modalities}
+        first, second = bank.multipliers.tolist()
+        return record | {"lambda1": first, "lambda2": second, "skipped": float(self.skipped)}
+
+    def histograms(self) -> dict[str, Tensor]:
+        """ "log_alpha/MODALITY" -> values, for TensorBoard."""
+        log_alpha = self.bank.log_alpha.detach()
+        return {
+            f"log_alpha/{name}": log_alpha[self.bank.share(name)].cpu()
+            for name in self.bank.modalities
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dict of tensors, numbers and strings; the same on every rank."""
+        return {
+            "bank": self.bank.state_dict(),
+            "gate_optimizer": _optimizer_state(self._gate_optimizer, self.bank.log_alpha),
+            "multiplier_optimizer": _optimizer_state(
+                self._multiplier_optimizer, self.bank.multipliers
+            ),
+            "frozen": None if self._frozen is None else self._frozen.cpu().clone(),
+            "skipped": self.skipped,
+            "step": self._step,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError when the state belongs to other gates. Learning rates stay those of the configuration."""
+        self.bank.load_state_dict(state["bank"])
+        _load_optimizer_state(self._gate_optimizer, state["gate_optimizer"])
+        _load_optimizer_state(self._multiplier_optimizer, state["multiplier_optimizer"])
+        frozen = state["frozen"]
+        self._frozen = None if frozen is None else frozen.to(self.bank.log_alpha)
+        self.skipped, self._step = int(state["skipped"]), int(state["step"])
