@@ -6,9 +6,9 @@ A pruned model is the same class with smaller per-layer widths here (heads kept,
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -29,6 +29,10 @@ class VisionConfig:
         heads, ffn: per layer: attention heads kept and FFN units kept.
         region_layers: the last layers that apply the region mask (teacher 4, student 2).
         ffn_gate: FFN gates multiply the input ("pre") or the output ("post") of the activation.
+        pre_norm: a norm between the embeddings and the blocks (CLIP has one, a plain ViT has not).
+        patch_bias: the patch embedding has a bias.
+        layer_scale: initial value of learned per-channel factors on the residuals; None has none.
+        drop_path: stochastic depth of the last block, growing linearly from 0.
     """
 
     image_size: int = 224
@@ -41,6 +45,10 @@ class VisionConfig:
     activation: Activation = "quick_gelu"
     norm_eps: float = 1e-5
     ffn_gate: GatePosition = "pre"
+    pre_norm: bool = True
+    patch_bias: bool = False
+    layer_scale: float | None = None
+    drop_path: float = 0.0
 
     @property
     def layers(self) -> int:
@@ -58,6 +66,7 @@ class TextConfig:
 
     Attributes:
         heads, ffn: per layer of the whole stack.   cross_heads: per FUSION layer.
+        init_std: deviation of fresh weights.
     """
 
     vocab_size: int = 30522
@@ -75,6 +84,7 @@ class TextConfig:
     attention_dropout: float = 0.1
     ffn_gate: GatePosition = "post"
     pad_id: int = 0
+    init_std: float = 0.02
 
     @property
     def layers(self) -> int:
@@ -121,15 +131,61 @@ class ModelConfig:
     def __post_init__(self) -> None:
         vision, text, decoder = self.vision, self.text, self.decoder
         if vision.image_size % vision.patch_size:
-            raise ValueError(f"vision.image_size {vision.image_size} is not a multiple of patch_size {vision.patch_size}")
+            raise ValueError(
+                f"vision.image_size {vision.image_size} is not a multiple of patch_size {vision.patch_size}"
+            )
         if len(vision.heads) != vision.layers:
             raise ValueError("vision.heads and vision.ffn must have one entry per layer each")
         if len(text.heads) != text.layers or len(text.cross_heads) != text.fusion_layers:
-            raise ValueError("text.heads needs one entry per layer, text.cross_heads one per fusion layer")
+            raise ValueError(
+                "text.heads needs one entry per layer, text.cross_heads one per fusion layer"
+            )
         if (self.form == "vqa") != (decoder is not None):
             raise ValueError('a decoder belongs to form "vqa", and only to it')
-        if decoder is not None and not len(decoder.heads) == len(decoder.cross_heads) == decoder.layers:
-            raise ValueError("decoder.heads, cross_heads and ffn must have one entry per layer each")
+        if (
+            decoder is not None
+            and not len(decoder.heads) == len(decoder.cross_heads) == decoder.layers
+        ):
+            raise ValueError(
+                "decoder.heads, cross_heads and ffn must have one entry per layer each"
+            )
+
+    def as_form(
+        self, form: str, *, decoder_layers: int | None = None, image_size: int | None = None
+    ) -> ModelConfig:
+        """The same model in another form, as it is built before task fine-tuning.
+
+        Args:
+            decoder_layers: for "vqa"; None takes as many as there are fusion layers, with their
+                widths (the decoder starts from them).   image_size: None keeps the size.
+
+        Raises:
+            ValueError: on an unknown form, or when the decoder's widths do not follow.
+        """
+        if form not in get_args(Form):
+            raise ValueError(f"form {form!r} is unknown; choose one of {get_args(Form)}")
+        text = self.text
+        decoder = None
+        if form == "vqa":
+            widths = list(
+                zip(
+                    text.heads[text.text_layers :],
+                    text.cross_heads,
+                    text.ffn[text.text_layers :],
+                    strict=True,
+                )
+            )
+            if decoder_layers is not None and decoder_layers != len(widths):
+                if len(set(widths)) != 1:
+                    raise ValueError(
+                        f"{decoder_layers} decoder layers from {len(widths)} fusion layers of "
+                        "unequal widths; leave decoder_layers out or write the decoder's widths"
+                    )
+                widths = widths[:1] * decoder_layers
+            heads, cross, ffn = (tuple(part) for part in zip(*widths, strict=True))
+            decoder = DecoderConfig(heads=heads, cross_heads=cross, ffn=ffn)
+        vision = replace(self.vision, image_size=image_size or self.vision.image_size)
+        return replace(self, form=cast(Form, form), vision=vision, decoder=decoder)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,0 +1,122 @@
+"""Named models. `presets.create("efficientvlm")` makes one, `presets.config(...)` its configuration.
+
+Overrides are nested or dotted: `config("blocksworld-teacher", text={"vocab_size": 300})` or
+`config(name, **{"vision.image_size": 64})`; `form="vqa"` gives the question-answering form.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from models.config import ModelConfig, TextConfig, VisionConfig
+
+if TYPE_CHECKING:
+    from models.xvlm import XVLM
+
+__all__ = ["config", "create", "names"]
+
+_FULL_SIZE_VQA_PIXELS = 480
+
+
+def _full(name: str, vision: int, text: int, fusion: int, region: int) -> ModelConfig:
+    """CLIP ViT-B/16 and BERT-base widths (EfficientVLM section 3)."""
+    return ModelConfig(
+        name=name,
+        vision=VisionConfig(heads=(12,) * vision, ffn=(3072,) * vision, region_layers=region),
+        text=TextConfig(
+            text_layers=text,
+            heads=(12,) * (text + fusion),
+            cross_heads=(12,) * fusion,
+            ffn=(3072,) * (text + fusion),
+        ),
+    )
+
+
+def _small(name: str, width: int, vision: int, text: int, fusion: int, region: int) -> ModelConfig:
+    """A model for the embedded data set. gelu_tanh is one fused kernel on a CPU, quick_gelu is not."""
+    heads, ffn = max(1, width // 32), 4 * width
+    return ModelConfig(
+        name=name,
+        embed_dim=max(16, width // 2),
+        vision=VisionConfig(
+            image_size=48,
+            patch_size=8,
+            width=width,
+            head_dim=min(32, width),
+            heads=(heads,) * vision,
+            ffn=(ffn,) * vision,
+            region_layers=region,
+            activation="gelu_tanh",
+        ),
+        text=TextConfig(
+            vocab_size=256,
+            max_positions=64,
+            width=width,
+            head_dim=min(32, width),
+            text_layers=text,
+            heads=(heads,) * (text + fusion),
+            cross_heads=(heads,) * fusion,
+            ffn=(ffn,) * (text + fusion),
+            activation="gelu_tanh",
+            dropout=0.0,
+            attention_dropout=0.0,
+            init_std=0.05,  # 0.02 is made for width 768; the same output scale at these widths
+        ),
+    )
+
+
+_PRESETS = {
+    preset.name: preset
+    for preset in (
+        _full("xvlm-clip-base", 12, 6, 6, 4),
+        _full("efficientvlm", 6, 3, 3, 2),
+        _small("blocksworld-teacher", 128, 4, 2, 2, 2),
+        _small("blocksworld-student", 128, 2, 1, 1, 1),
+        _small("blocksworld-micro-teacher", 32, 4, 2, 2, 2),
+        _small("blocksworld-micro-student", 32, 2, 1, 1, 1),
+    )
+}
+_FULL_SIZE = ("xvlm-clip-base", "efficientvlm")
+
+
+def names() -> tuple[str, ...]:
+    """The preset names."""
+    return tuple(_PRESETS)
+
+
+def _merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Writes nested or dotted changes into a nested dict, in place."""
+    for key, change in changes.items():
+        head, _, rest = key.partition(".")
+        change = {rest: change} if rest else change
+        if isinstance(change, dict) and isinstance(values.get(head), dict):
+            _merge(values[head], change)
+        else:
+            values[head] = change
+
+
+def config(name: str, *, form: str = "pretrain", **overrides: Any) -> ModelConfig:
+    """The configuration of a preset.
+
+    Raises:
+        ValueError: on an unknown preset, form, or overridden key.
+    """
+    if name not in _PRESETS:
+        near = difflib.get_close_matches(name, _PRESETS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no preset {name!r}{hint} (presets: {', '.join(_PRESETS)})")
+    preset = _PRESETS[name]
+    if form != "pretrain":
+        size = _FULL_SIZE_VQA_PIXELS if name in _FULL_SIZE else None
+        preset = preset.as_form(form, image_size=size)
+    values = preset.to_dict()
+    _merge(values, overrides)
+    return ModelConfig.from_dict(values, where=f"preset {name}")
+
+
+def create(name: str, *, form: str = "pretrain", **overrides: Any) -> XVLM:
+    """A freshly initialised model; arguments as for `config`."""
+    from models.xvlm import XVLM  # keeps `config` free of the model's import cost
+
+    return XVLM(config(name, form=form, **overrides))

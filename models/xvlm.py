@@ -1,0 +1,308 @@
+"""XVLM: vision encoder, text and fusion stack, heads, and the answer decoder; teacher and student.
+
+Shape legend: N images, B text rows, L tokens, P = 1 + patches, D width, E shared embedding,
+M asked positions, A answers, La answer tokens, V vocabulary. Masks are boolean, True is visible.
+
+The methods only pass tensors between submodules: every parameter is read inside the forward of
+the module that owns it, as ZeRO-3 needs. The one exception, the tied output weight, is listed
+by `external_parameters`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from models import io
+from models.bert import TextStack, initialise_bert
+from models.config import ModelConfig
+from models.decoder import AnswerDecoder, DecoderOutput
+from models.gates import GateSlot
+from models.heads import ContrastiveTemperature, FeatureProjection, MlpHead, TokenHead
+from models.layers import Attention, BertLayer, FeedForward, ViTBlock
+from models.outputs import Capture, EncoderOutput
+from models.vision import RegionOutput, VisionEncoder
+
+__all__ = ["XVLM", "DecoderOutput", "RegionOutput"]
+
+_NOTHING = Capture()
+
+
+class XVLM(nn.Module):
+    """A vision-language model as its configuration says.
+
+    Form "pretrain" has projections, temperature, matching, box and masked-token heads; form "vqa"
+    has the answer decoder instead. Fresh weights are drawn from torch's global generator.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        text, width = config.text, config.text.width
+        self.vision = VisionEncoder(config.vision)
+        self.text = TextStack(text, config.vision.width)
+        self.decoder: AnswerDecoder | None = None
+        if config.form == "pretrain":
+            self.image_projection = FeatureProjection(config.vision.width, config.embed_dim)
+            self.text_projection = FeatureProjection(width, config.embed_dim)
+            self.contrastive = ContrastiveTemperature()
+            self.itm_head = MlpHead(width, 2)
+            self.bbox_head = MlpHead(width, 4)
+            self.mlm_head = TokenHead(width, text.vocab_size, text.norm_eps)
+        if config.decoder is not None:
+            self.decoder = AnswerDecoder(config.decoder, text)
+        self._pixel_constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for name, child in self.named_children():
+            if name != "vision":
+                initialise_bert(child, self.config.text.init_std)
+        self.vision.initialise()
+
+    # --- encoders -------------------------------------------------------------------------------
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        """uint8 0..255 -> float32 with the configured mean and deviation; floats pass unchanged."""
+        if images.dtype != torch.uint8:
+            return images
+        if images.device not in self._pixel_constants:
+            # Not buffers: casting the model to half must not round them.
+            mean = torch.tensor(self.config.image_mean, device=images.device).view(1, 3, 1, 1)
+            std = torch.tensor(self.config.image_std, device=images.device).view(1, 3, 1, 1)
+            self._pixel_constants[images.device] = (mean * 255, 1 / (std * 255))
+        mean, factor = self._pixel_constants[images.device]
+        return (images.float() - mean) * factor
+
+    @overload
+    def encode_image(
+        self,
+        images: Tensor,
+        capture: Capture = ...,
+        region_mask: None = None,
+        image_index: Tensor | None = None,
+    ) -> EncoderOutput: ...
+
+    @overload
+    def encode_image(
+        self,
+        images: Tensor,
+        capture: Capture = ...,
+        *,
+        region_mask: Tensor,
+        image_index: Tensor,
+    ) -> RegionOutput: ...
+
+    def encode_image(
+        self,
+        images: Tensor,
+        capture: Capture = _NOTHING,
+        region_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
+    ) -> EncoderOutput | RegionOutput:
+        """Encodes images (N, 3, S, S), uint8 (normalised here) or float (already normalised).
+
+        Args:
+            region_mask: (B, P) bool, the tokens that each region row sees (class token included).
+                The layers before the last `region_layers` run once per image.
+            image_index: (B,) int64, the image of each region row; only used with `region_mask`.
+
+        Returns:
+            EncoderOutput with last (N, P, D), or a RegionOutput when `region_mask` is given.
+        """
+        return self.vision(self._normalise(images), capture, region_mask, image_index)
+
+    def encode_text(
+        self, ids: Tensor, mask: Tensor | None, capture: Capture = _NOTHING
+    ) -> EncoderOutput:
+        """ids (B, L) int64, mask (B, L) bool -> last (B, L, D) after the text layers."""
+        return self.text.encode(ids, mask, capture)
+
+    def fuse(
+        self,
+        text_states: Tensor,
+        text_mask: Tensor | None,
+        image_states: Tensor,
+        image_mask: Tensor | None = None,
+        capture: Capture = _NOTHING,
+    ) -> EncoderOutput:
+        """text_states (B, L, D) attend to image_states (B, P, D) in the fusion layers."""
+        return self.text.fuse(text_states, text_mask, image_states, image_mask, capture)
+
+    def multimodal(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        image_states: Tensor,
+        image_mask: Tensor | None = None,
+        capture: Capture = _NOTHING,
+    ) -> EncoderOutput:
+        """Text layers then fusion layers; indices count through both."""
+        return self.text.multimodal(ids, mask, image_states, image_mask, capture)
+
+    def decode(
+        self,
+        answer_ids: Tensor,
+        answer_mask: Tensor | None,
+        states: Tensor,
+        state_mask: Tensor | None,
+        capture: Capture = _NOTHING,
+    ) -> DecoderOutput:
+        """answer_ids (A, La) given question states (A, Ls, D) -> states and logits (A, La, V)."""
+        if self.decoder is None:
+            raise ValueError('decode needs a model of form "vqa", this one has no answer decoder')
+        return self.decoder(answer_ids, answer_mask, states, state_mask, capture)
+
+    # --- heads ----------------------------------------------------------------------------------
+
+    def image_feature(self, image_states: Tensor) -> Tensor:
+        """(N, P, D) -> (N, E) float32, unit rows."""
+        return self.image_projection(image_states)
+
+    def text_feature(self, text_states: Tensor) -> Tensor:
+        """(B, L, D) -> (B, E) float32, unit rows."""
+        return self.text_projection(text_states)
+
+    def temperature(self) -> Tensor:
+        """(1,) float32 in [0.001, 0.5]; similarities are divided by it."""
+        return self.contrastive()
+
+    def match_logits(self, fused: Tensor) -> Tensor:
+        """(B, L, D) -> (B, 2); class 1 says that image and text belong together."""
+        return self.itm_head(fused)
+
+    def predict_box(self, fused: Tensor) -> Tensor:
+        """(B, L, D) -> (B, 4) float32 normalised (cx, cy, w, h)."""
+        return self.bbox_head(fused).float().sigmoid()
+
+    def mlm_logits(self, states: Tensor, positions: Tensor) -> Tensor:
+        """states (B, L, D), positions (B, M) int64 -> (B, M, V)."""
+        return self.mlm_head(states, positions, word_weight=self.text.embeddings.word.weight)
+
+    # --- what training and pruning ask ------------------------------------------------------------
+
+    def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
+        """(module, parameter) pairs where a module's forward reads a parameter it does not own.
+
+        An engine that partitions parameters registers each (ZeRO-3: register_external_parameter).
+        """
+        pairs: list[tuple[nn.Module, nn.Parameter]] = []
+        if self.config.form == "pretrain":
+            pairs.append((self.mlm_head, self.text.embeddings.word.weight))
+        if self.decoder is not None:
+            pairs.append((self.decoder.head, self.decoder.embeddings.word.weight))
+        return pairs
+
+    def touch(self, names: Iterable[str]) -> Tensor:
+        """A zero that depends on every parameter of the named parts, through their own forwards.
+
+        For steps in which a part has nothing to do: sharded engines need a gradient for each
+        parameter in every step. Names: itm_head, bbox_head, mlm_head, image_projection,
+        text_projection, temperature, decoder.
+
+        Returns:
+            A float32 scalar, exactly 0.
+
+        Raises:
+            ValueError: on a part that this model does not have.
+        """
+        word = self.text.embeddings.word.weight  # only device and dtype are read here
+        total = torch.zeros((), device=word.device)
+        for name in sorted(names):  # sorted: every rank runs the modules in one order
+            total = total + 0.0 * self._dummy_run(name, word).float().sum()
+        return total
+
+    def _dummy_run(self, name: str, word: Tensor) -> Tensor:
+        states = torch.ones(1, 1, self.config.text.width, device=word.device, dtype=word.dtype)
+        if name == "decoder" and self.decoder is not None:
+            ids = torch.zeros(1, 1, dtype=torch.int64, device=word.device)
+            return self.decoder(ids, None, states, None).logits
+        if self.config.form != "pretrain" or name == "decoder":
+            raise ValueError(f"a model of form {self.config.form!r} has no part {name!r} to touch")
+        if name == "temperature":
+            return self.contrastive()
+        if name == "mlm_head":
+            return self.mlm_head(states, word_weight=word)
+        if name == "image_projection":
+            states = states.new_ones(1, 1, self.config.vision.width)
+        parts = ("itm_head", "bbox_head", "image_projection", "text_projection")
+        if name not in parts:
+            known = ", ".join(sorted((*parts, "mlm_head", "temperature")))
+            raise ValueError(f"touch: no part {name!r}; the model has {known}")
+        return getattr(self, name)(states)
+
+    def _gated(self) -> Iterator[tuple[str, Attention | FeedForward]]:
+        """Every prunable sub-layer by the name of its gate."""
+        for index, block in enumerate(self.vision.blocks):
+            assert isinstance(block, ViTBlock)
+            yield f"vision.{index}.heads", block.attention
+            yield f"vision.{index}.ffn", block.ffn
+        first = self.config.text.text_layers
+        for index, layer in enumerate(self.text.layers):
+            assert isinstance(layer, BertLayer)
+            if index < first:
+                yield f"text.{index}.heads", layer.attention
+                yield f"text.{index}.ffn", layer.ffn
+            else:
+                yield from _gated_cross(f"fusion.{index - first}", layer)
+        for index, layer in enumerate(self.decoder.layers if self.decoder else ()):
+            assert isinstance(layer, BertLayer)
+            yield from _gated_cross(f"decoder.{index}", layer)
+
+    def gate_slots(self) -> dict[str, GateSlot]:
+        """Gate slots by name: vision.0.heads, text.0.ffn, fusion.0.cross_heads, decoder.0.ffn, ...
+
+        A fully pruned sub-layer has a slot of 0 units.
+        """
+        return {name: part.gate for name, part in self._gated()}
+
+    def parameters_per_unit(self) -> dict[str, int]:
+        """By the same names: parameters that removing one head or one feed-forward unit saves."""
+        return {
+            name: part.parameters_per_head
+            if isinstance(part, Attention)
+            else part.parameters_per_unit
+            for name, part in self._gated()
+        }
+
+    # --- files ------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self, path: str | Path, tokenizer: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Writes config.json, model.safetensors and the tokenizer's files; see `io.save_model`."""
+        io.save_model(self.config, self.state_dict(), Path(path), tokenizer, dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> XVLM:
+        """Loads a folder written by `save_pretrained`, in eval mode.
+
+        Raises:
+            FileNotFoundError: naming the missing file.
+            ValueError: naming missing, unexpected or misshapen keys.
+        """
+        config, state = io.read_model(Path(path))
+        with torch.device("meta"):
+            model = cls(config)
+        weights = Path(path) / io.WEIGHTS
+        io.check_state(model.state_dict(), state, str(weights))
+        tensors = {
+            key: value.to(device=device, dtype=dtype, copy=True) for key, value in state.items()
+        }
+        model.load_state_dict(tensors, assign=True)
+        return model.eval()
+
+
+def _gated_cross(prefix: str, layer: BertLayer) -> Iterator[tuple[str, Attention | FeedForward]]:
+    yield f"{prefix}.self_heads", layer.attention
+    yield f"{prefix}.cross_heads", layer.cross_attention
+    yield f"{prefix}.ffn", layer.ffn
