@@ -109,7 +109,7 @@ def run_layers(
 
 
 class TextStack(nn.Module):
-    """Embeddings and one list of layers: `text_layers` of them without, the rest with cross-attention."""
+    """Embeddings and one list of layers; those from `text_layers` up have cross-attention."""
 
     def __init__(self, config: TextConfig, context_width: int) -> None:
         super().__init__()

@@ -97,7 +97,7 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DecoderConfig:
-    """Answer decoder: BERT layers, causal, cross-attention in every layer, own embeddings, tied LM head.
+    """Answer decoder: causal BERT layers, cross-attention in each, own embeddings, tied LM head.
 
     Width, head size, vocabulary, activation, eps and dropout are those of TextConfig.
     """
@@ -132,7 +132,8 @@ class ModelConfig:
         vision, text, decoder = self.vision, self.text, self.decoder
         if vision.image_size % vision.patch_size:
             raise ValueError(
-                f"vision.image_size {vision.image_size} is not a multiple of patch_size {vision.patch_size}"
+                f"vision.image_size {vision.image_size} is not a multiple of patch_size "
+                f"{vision.patch_size}"
             )
         if len(vision.heads) != vision.layers:
             raise ValueError("vision.heads and vision.ffn must have one entry per layer each")

@@ -1,4 +1,4 @@
-"""Heads on top of the encoders: projections, temperature, matching, box and masked-token prediction.
+"""Heads on top of the encoders: projections, temperature, matching, box and masked tokens.
 
 Shape legend: B rows, L tokens, M asked positions, D width, E shared embedding, V vocabulary.
 Source: EfficientVLM (2210.07795) section 3, X-VLM (2111.08276) section 3.
@@ -28,7 +28,7 @@ class FeatureProjection(nn.Module):
 
 
 class ContrastiveTemperature(nn.Module):
-    """The divisor of the contrastive logits; one element, because engines refuse 0-dim parameters."""
+    """The divisor of contrastive logits; one element, because engines refuse 0-dim parameters."""
 
     def __init__(self, initial: float = 0.07) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class MlpHead(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Scores over the vocabulary: dense, gelu, LayerNorm, and a decoder tied to the word embeddings.
+    """Scores over the vocabulary: dense, gelu, LayerNorm, decoder tied to the word embeddings.
 
     Holds no reference to the tied weight: it comes as a KEYWORD argument, so that hooks that
     rewrap positional tensors leave the parameter itself alone (ZeRO-3 gathers it by identity).

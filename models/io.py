@@ -81,6 +81,11 @@ def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise ValueError(f"{folder / WEIGHTS}: not a readable safetensors file: {error}") from error
 
 
+def _shorten(keys: list[str]) -> str:
+    rest = len(keys) - _LISTED
+    return ", ".join(keys[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
     """Compares keys and shapes.
 
@@ -95,7 +100,7 @@ def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], whe
         if key in found and found[key].shape != value.shape
     ]
     problems = [
-        f"{kind} {', '.join(keys[:_LISTED])}{f' and {len(keys) - _LISTED} more' * (len(keys) > _LISTED)}"
+        f"{kind} {_shorten(keys)}"
         for kind, keys in (("missing", missing), ("unexpected", unexpected), ("wrong:", shapes))
         if keys
     ]

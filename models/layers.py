@@ -1,8 +1,8 @@
 """Attention, feed-forward and the two block kinds (pre-norm ViT, post-norm BERT), with gate slots.
 
 Shape legend: B rows, N or L tokens, K keys, D width, H heads, d head size, F feed-forward units.
-Masks are boolean and True means visible. Per-layer H and F come from the configuration; either may be
-zero in a pruned model, and then the sub-layer contributes its output bias only.
+Masks are boolean and True means visible. Per-layer H and F come from the configuration; either may
+be zero in a pruned model, and then the sub-layer contributes its output bias only.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ class BertLayer(nn.Module):
         """x (B, L, D), mask (B, L), context (B, K, context_width), context_mask (B, K).
 
         Returns:
-            states (B, L, D), the self-attention trace and the cross-attention trace (None unless asked).
+            states (B, L, D), self-attention trace, cross-attention trace (None unless asked).
         """
         mixed, record = self.attention(x, key_mask=mask, causal=causal, trace=trace)
         x = self.attention_norm(x + self.dropout(mixed))

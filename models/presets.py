@@ -1,4 +1,4 @@
-"""Named models. `presets.create("efficientvlm")` makes one, `presets.config(...)` its configuration.
+"""Named models: `presets.create("efficientvlm")`, `presets.config("efficientvlm")`.
 
 Overrides are nested or dotted: `config("blocksworld-teacher", text={"vocab_size": 300})` or
 `config(name, **{"vision.image_size": 64})`; `form="vqa"` gives the question-answering form.
@@ -34,7 +34,7 @@ def _full(name: str, vision: int, text: int, fusion: int, region: int) -> ModelC
 
 
 def _small(name: str, width: int, vision: int, text: int, fusion: int, region: int) -> ModelConfig:
-    """A model for the embedded data set. gelu_tanh is one fused kernel on a CPU, quick_gelu is not."""
+    """A model for the embedded data set. On a CPU the exact gelu is the fastest (by a tenth)."""
     heads, ffn = max(1, width // 32), 4 * width
     return ModelConfig(
         name=name,
@@ -47,7 +47,7 @@ def _small(name: str, width: int, vision: int, text: int, fusion: int, region: i
             heads=(heads,) * vision,
             ffn=(ffn,) * vision,
             region_layers=region,
-            activation="gelu_tanh",
+            activation="gelu",
         ),
         text=TextConfig(
             vocab_size=256,
@@ -58,7 +58,7 @@ def _small(name: str, width: int, vision: int, text: int, fusion: int, region: i
             heads=(heads,) * (text + fusion),
             cross_heads=(heads,) * fusion,
             ffn=(ffn,) * (text + fusion),
-            activation="gelu_tanh",
+            activation="gelu",
             dropout=0.0,
             attention_dropout=0.0,
             init_std=0.05,  # 0.02 is made for width 768; the same output scale at these widths

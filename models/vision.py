@@ -1,4 +1,4 @@
-"""The vision encoder: CLIP's ViT tower without its projection, with region masks in the last layers.
+"""The vision encoder: CLIP's ViT tower without projection, with region masks in the last layers.
 
 Shape legend: N images, B region rows, P = 1 + patches (class token first), D width.
 Source: EfficientVLM (2210.07795) section 3, X-VLM (2111.08276) section 3.
@@ -24,9 +24,9 @@ class RegionOutput:
     """What the vision encoder returns for a region batch.
 
     Attributes:
-        rows: one entry per region row: `last` is (B, P, D), under the region masks. Its hidden states
-            and traces have N rows before the layers that apply the mask, and B + N from there on
-            (the B region rows first, then the N full images).
+        rows: one entry per region row: `last` is (B, P, D), under the region masks. Its hidden
+            states and traces have N rows before the layers that apply the mask, and B + N from
+            there on (the B region rows first, then the N full images).
         full: (N, P, D) final states of the full, unmasked images.
     """
 
@@ -69,8 +69,8 @@ class VisionEmbeddings(nn.Module):
         size = self.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
             raise ValueError(
-                f"images have shape {tuple(images.shape)}, the model expects (N, 3, {size}, {size}); "
-                "resize the images or set vision.image_size"
+                f"images have shape {tuple(images.shape)}, the model expects "
+                f"(N, 3, {size}, {size}); resize the images or set vision.image_size"
             )
         patches = self.patch(images.to(self.patch.proj.weight.dtype))
         first = self.class_token.to(patches.dtype).expand(patches.shape[0], 1, -1)
