@@ -57,7 +57,7 @@ class LossBook:
         self._add(name, value, mixture * self._weights.get(name, 1.0))
 
     def distil(self, name: str, value: Tensor, weight: float = 1.0) -> None:
-        """Adds a distillation loss (name without the "kd_" prefix) with its factor inside the mixture."""
+        """Adds a distillation loss, name without "kd_", with its factor inside the mixture."""
         assert self._kd is not None, "distillation terms need a KdConfig"
         self._add(f"kd_{name}", value, self._kd.kd_weight * weight)
 

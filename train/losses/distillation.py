@@ -58,7 +58,7 @@ class LayerPairs:
     attention: tuple[tuple[int, int], ...]
 
     def then(self, after: LayerPairs) -> LayerPairs:
-        """Pairs of a pass through this stack and then `after` (text then fusion), with their own depth ratios."""
+        """Pairs of a pass through this stack and then `after`, each with its own depth ratio."""
         s, t = self.student_layers, self.teacher_layers
         # The last state of this stack IS the first of the next one: it is counted once.
         hidden = self.hidden + tuple((s + i, t + j) for i, j in after.hidden if i > 0)
@@ -79,7 +79,7 @@ def layer_pairs(student_layers: int, teacher_layers: int) -> LayerPairs:
         return LayerPairs(0, 0, ((0, 0),), ())
     if student_layers < 1 or teacher_layers % student_layers:
         raise ValueError(
-            f"no uniform layer map from a teacher of {teacher_layers} layers to a student of {student_layers}: "
+            f"no uniform map from {teacher_layers} teacher layers to {student_layers} student layers: "
             "the teacher's depth must be a multiple of the student's"
         )
     k = teacher_layers // student_layers
@@ -116,7 +116,7 @@ def capture_for_student(
 def capture_for_teacher(
     pairs: LayerPairs, hidden: bool = True, attention: bool = True, cross_from: int | None = None
 ) -> Capture:
-    """What the teacher's pass must return for `pairs`; `cross_from` counts STUDENT layers, as above."""
+    """What the teacher's pass must return for `pairs`; `cross_from` counts STUDENT layers."""
     return _capture(pairs, 1, hidden, attention, cross_from)
 
 
@@ -141,8 +141,9 @@ def hidden_mse_terms(
         ours, theirs = student[i], teacher[j]
         if ours.shape != theirs.shape:
             raise ValueError(
-                f"hidden state {i} of the student is {tuple(ours.shape)}, state {j} of the teacher {tuple(theirs.shape)}: "
-                "hidden-state distillation needs equal widths and token counts (or set the hidden weights of kd to 0)"
+                f"hidden state {i} of the student is {tuple(ours.shape)}, "
+                f"state {j} of the teacher {tuple(theirs.shape)}: distilling hidden states needs "
+                "equal widths and token counts (or set the hidden weights in kd to 0)"
             )
         terms.append(F.mse_loss(_wide(ours), _wide(theirs.detach())))
     return terms
@@ -178,7 +179,7 @@ def _visible(trace: AttentionTrace, rows: slice, queries: slice) -> Tensor | Non
 def _log_softmax(
     trace: AttentionTrace, rows: slice, queries: slice
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities (b, H, nq, Nk) of a chunk, meaningless on hidden keys, and the mask of visible ones."""
+    """Log-probabilities (b, H, nq, Nk) of a chunk (meaningless on hidden keys), visible keys."""
     q = _wide(trace.q[rows, :, queries]) * trace.scale
     scores = q @ _wide(trace.k[rows]).transpose(-1, -2)
     visible = _visible(trace, rows, queries)
@@ -202,7 +203,7 @@ def attention_probabilities(trace: AttentionTrace) -> Tensor:
 
 
 def probabilities_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Number of keys * mean squared error of maps (B, H, Nq, Nk): the published attention loss, on stored maps."""
+    """Number of keys * mean squared error of maps (B, H, Nq, Nk): the published loss on maps."""
     return student.shape[-1] * F.mse_loss(_wide(student), _wide(teacher.detach()))
 
 
@@ -229,8 +230,9 @@ def _check(student: AttentionTrace, teacher: AttentionTrace) -> None:
     theirs = (*teacher.q.shape[:3], teacher.k.shape[2])
     if ours != theirs:
         raise ValueError(
-            f"attention of the student is {ours} (rows, heads, queries, keys), of the teacher {theirs}: "
-            "maps are compared head by head, so heads must be gated, not cut, while attention is distilled "
+            f"attention of the student is {ours} (rows, heads, queries, keys), "
+            f"of the teacher {theirs}: maps are compared head by head, so heads must be gated, "
+            "not cut, while attention is distilled "
             "(or set kd.attention to none)"
         )
 
@@ -377,7 +379,7 @@ def attention_mse(
 def attention_kl(
     student: AttentionTrace, teacher: AttentionTrace, chunk: int | None = None
 ) -> Tensor:
-    """Mean over rows, heads and queries of KL(P_teacher || P_student), streamed; otherwise as `attention_mse`."""
+    """Mean over queries (and heads, rows) of KL(P_teacher || P_student); as `attention_mse`."""
     return _distance(student, teacher, "kl", chunk)
 
 
@@ -387,7 +389,7 @@ def attention_sum(
     pairs: Iterable[tuple[int, int]],
     kind: Literal["probabilities", "kl"] = "probabilities",
 ) -> Tensor:
-    """Sum of `attention_mse` ("probabilities") or `attention_kl` over (student layer, teacher layer) pairs."""
+    """Sum over layer pairs of `attention_mse` ("probabilities") or `attention_kl` ("kl")."""
     one = attention_kl if kind == "kl" else attention_mse
     return torch.stack([one(student[i], teacher[j]) for i, j in pairs]).sum()
 
@@ -407,8 +409,8 @@ def logits_kl(
     """
     if student.shape != teacher.shape:
         raise ValueError(
-            f"logits of the student are {tuple(student.shape)}, of the teacher {tuple(teacher.shape)}: "
-            "logit distillation needs the same rows and the same classes (vocabulary)"
+            f"logits of the student are {tuple(student.shape)}, "
+            f"of the teacher {tuple(teacher.shape)}: logit distillation needs the same rows and the same classes (vocabulary)"
         )
     log_p = (_wide(student) / temperature).log_softmax(dim=-1)
     log_t = (_wide(teacher.detach()) / temperature).log_softmax(dim=-1)

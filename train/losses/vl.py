@@ -121,19 +121,19 @@ def contrastive_loss(
 
 
 def same_pairs(groups: Tensor) -> Tensor:
-    """(B, G) bool: own rows and global rows of one group (`groups` (B,) int64), for `hard_negatives`."""
+    """(B, G) bool: own and global rows of equal `groups` (B,) int64, for `hard_negatives`."""
     return groups[:, None] == all_gather_no_grad(groups)[None, :]
 
 
 def negative_weights(similarity: Tensor, own_index: Tensor, same: Tensor | None = None) -> Tensor:
-    """(B, G) sampling weights of negatives: softmax + 1e-5, zero for the own pair and equal pairs (`same`)."""
+    """(B, G) sampling weights: softmax + 1e-5, zero for the own pair and equal pairs (`same`)."""
     weights = similarity.detach().double().softmax(dim=1) + _FLOOR
     weights = weights.scatter(1, own_index[:, None], 0.0)
     return weights if same is None else weights.masked_fill(same, 0.0)
 
 
 def _draw(similarity: Tensor, uniform: Tensor, own_index: Tensor, same: Tensor | None) -> Tensor:
-    """(B,) column drawn for each row, in proportion to its weight, by inverting the cumulative sum."""
+    """(B,) column for each row, in proportion to its weight, from the cumulative sum."""
     weights = negative_weights(similarity, own_index, same)
     if same is not None:
         # A row whose every partner is an equal pair still needs a negative: any row but its own.
@@ -204,7 +204,7 @@ def matching_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy over the used slots. logits (B, M, V), labels (B, M), -100 = unused; 0 when none is used."""
+    """Mean cross entropy over used slots, 0 without any. logits (B, M, V), labels (B, M), -100 unused."""
     total = F.cross_entropy(
         logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum"
     )
@@ -219,7 +219,7 @@ def _corners(boxes: Tensor) -> Tensor:
 
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
-    """GIoU of boxes row by row. a, b: (..., 4) corners (x0, y0, x1, y1) -> (...) in [-1, 1]; 0-size unions give finite values."""
+    """GIoU row by row of (..., 4) corners (x0, y0, x1, y1) -> (...); finite for boxes of size 0."""
     tiny = 1e-12
     area_a = (a[..., 2:] - a[..., :2]).prod(dim=-1)
     area_b = (b[..., 2:] - b[..., :2]).prod(dim=-1)

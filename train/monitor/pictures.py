@@ -1,0 +1,92 @@
+"""Example pictures with their text below them, as one image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+__all__ = ["answer_caption", "caption_grid"]
+
+_FONT_SIZE = 14
+_LINE = 18
+_MARGIN = 6
+# Smaller pictures are enlarged, or the text below them would not fit.
+_MIN_SIDE = 192
+_MAX_LINES = 6
+
+
+def answer_caption(question: str, prediction: str, answer: str) -> str:
+    """Question, prediction and right answer on three lines."""
+    verdict = "right" if prediction == answer else "wrong"
+    return f"{question}\nsays: {prediction} ({verdict})\nanswer: {answer}"
+
+
+def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Breaks text at spaces, or inside longer words, into lines of at most `width` pixels."""
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split(" "):
+            longer = f"{line} {word}" if line else word
+            if font.getlength(longer) <= width:
+                line = longer
+                continue
+            if line:
+                lines.append(line)
+            while len(word) > 1 and font.getlength(word) > width:
+                cut = max(1, int(len(word) * width / font.getlength(word)))
+                lines.append(word[:cut])
+                word = word[cut:]
+            line = word
+        lines.append(line)
+    if len(lines) > _MAX_LINES:
+        lines = [*lines[: _MAX_LINES - 1], lines[_MAX_LINES - 1] + " ..."]
+    return lines
+
+
+def caption_grid(images: Tensor, captions: Sequence[str], columns: int | None = None) -> Tensor:
+    """Pictures in rows, each with its caption below.
+
+    Args:
+        images: (N, 3, H, W) uint8.   captions: N strings; newlines are kept, long lines are
+            wrapped.
+        columns: default the square root of N, rounded up.
+
+    Returns:
+        (3, height, width) uint8 on the CPU.
+
+    Raises:
+        ValueError: no picture, another shape or type, or not one caption a picture.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8 or not len(images):
+        raise ValueError(
+            f"pictures must be (N, 3, H, W) uint8, N > 0, got {tuple(images.shape)} {images.dtype}"
+        )
+    if len(captions) != len(images):
+        raise ValueError(f"{len(images)} pictures but {len(captions)} captions")
+    count, _, height, width = images.shape
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    enlarge = max(1, math.ceil(_MIN_SIDE / width))
+    cell_w, cell_h = width * enlarge, height * enlarge
+    font = ImageFont.load_default(size=_FONT_SIZE)
+    wrapped = [_wrap(caption, font, cell_w) for caption in captions]
+    row_h = cell_h + max(len(lines) for lines in wrapped) * _LINE + 2 * _MARGIN
+    rows = math.ceil(count / columns)
+    canvas = Image.new(
+        "RGB", (columns * (cell_w + _MARGIN) + _MARGIN, rows * row_h + _MARGIN), "white"
+    )
+    draw = ImageDraw.Draw(canvas)
+    pixels = images.cpu().permute(0, 2, 3, 1).contiguous().numpy()
+    for i, lines in enumerate(wrapped):
+        x = _MARGIN + (i % columns) * (cell_w + _MARGIN)
+        y = _MARGIN + (i // columns) * row_h
+        picture = Image.fromarray(pixels[i]).resize((cell_w, cell_h), Image.Resampling.NEAREST)
+        canvas.paste(picture, (x, y))
+        for n, line in enumerate(lines):
+            draw.text((x, y + cell_h + 4 + n * _LINE), line, fill="black", font=font)
+    flat = torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8)
+    return flat.view(canvas.height, canvas.width, 3).permute(2, 0, 1).contiguous()
