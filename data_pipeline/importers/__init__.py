@@ -1,0 +1,1 @@
+"""Readers of published data sets: each writes the same shards as the embedded data set."""
