@@ -25,11 +25,16 @@ __all__ = [
     "RegionConfig",
     "RunConfig",
     "TeacherConfig",
+    "UserError",
 ]
 
 Stage = Literal["pretrain", "distill", "finetune", "prune"]
 TaskName = Literal["pretrain", "vqa"]
 _STRICT = ConfigDict(extra="forbid")
+
+
+class UserError(ValueError):
+    """Bad input from the person at the keyboard: the message names file, key and remedy. Exit code 2, no traceback."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -94,9 +99,15 @@ class InitialiseConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TeacherConfig:
-    """The frozen teacher. dtype "auto": fp16 where the device is fast at it, else bf16, else fp32."""
+    """The frozen teacher.
+
+    Attributes:
+        path: model folder.   model: preset name, used by --dry-run while `path` does not exist yet.
+        dtype: "auto" is fp16 where the device is fast at it, else bf16, else fp32.
+    """
 
     path: str | None = None
+    model: str | None = None
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     backend: Literal["auto", "deepspeed", "torch"] = "auto"
 
@@ -153,7 +164,12 @@ class PruneConfig:
     lr: float = 0.01
     head_init: float = 10.0
     ffn_init_drop: float = 0.5
-    modalities: tuple[Literal["vision", "text", "fusion", "decoder"], ...] = ("vision", "text", "fusion", "decoder")
+    modalities: tuple[Literal["vision", "text", "fusion", "decoder"], ...] = (
+        "vision",
+        "text",
+        "fusion",
+        "decoder",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -183,11 +199,13 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class EvalConfig:
-    """Validation during training: every `every` general steps (0: only at the end), on `samples` rows (0: all)."""
+    """Validation during training: every `every` general steps (0: only at the end), on `samples` samples
+    (0: all). `top_k`: answers kept after the first token when VQA ranks its answer list."""
 
     every: int = 0
     samples: int = 0
     batch: int = 64
+    top_k: int = 128
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -198,6 +216,7 @@ class RunConfig:
         out: run directory.
         model: preset name, model folder, or inline ModelConfig values of the student (the model being trained).
         loss: weight of each task loss by name; a name left out has weight 1.
+        negatives: ITM hard negatives come from the global batch, or from this rank's rows as published.
     """
 
     stage: Stage
@@ -210,6 +229,7 @@ class RunConfig:
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
     loss: dict[str, float] = field(default_factory=dict)
+    negatives: Literal["global", "local"] = "global"
     kd: KdConfig = KdConfig()
     prune: PruneConfig | None = None
     engine: EngineConfig = EngineConfig()

@@ -1,0 +1,112 @@
+"""The one home of state outside DeepSpeed: random generators, gates, data positions, counters, configuration.
+
+Everything is numbers, strings, lists, dicts and tensors, so a state file loads with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy
+import torch
+
+from train.config import RunConfig, UserError
+from train.recipes_io import flatten, to_plain
+
+__all__ = ["check_config", "collect", "plain_config", "restore", "rng_state", "set_rng_state"]
+
+VERSION = 1
+# Keys that may change between save and resume: how long, how often to look and to save, and where.
+_MAY_CHANGE = (
+    "out",
+    "optim.steps",
+    "log.",
+    "checkpoint.",
+    "eval.",
+    "data.workers",
+    "data.val",
+    "teacher.backend",
+)
+
+
+def rng_state() -> dict[str, Any]:
+    """State of Python's, numpy's and torch's generators (CUDA included) of this rank."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = numpy.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Puts a state of `rng_state` back."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def plain_config(config: RunConfig) -> dict[str, Any]:
+    """The configuration as it is stored in a checkpoint: dotted keys, JSON values."""
+    return flatten(to_plain(config))
+
+
+def check_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises UserError naming every key that differs and may not."""
+    differing = [
+        key
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key) and not key.startswith(_MAY_CHANGE)
+    ]
+    if differing:
+        lines = "; ".join(f"{key}: {saved.get(key)!r} -> {current.get(key)!r}" for key in differing)
+        raise UserError(
+            f"the checkpoint was written with another configuration ({lines}); put the old values back, choose "
+            f"another out=, or start over with --resume none"
+        )
+
+
+def collect(
+    config: RunConfig,
+    *,
+    step: int,
+    samples: int,
+    loader: Any,
+    region_loader: Any = None,
+    gates: Any = None,
+) -> dict[str, Any]:
+    """State of this rank after `step` applied general steps. All but `rng` is the same on every rank."""
+    return {
+        "version": VERSION,
+        "step": step,
+        "samples": samples,
+        "config": plain_config(config),
+        "loader": loader.state_dict(),
+        "region_loader": None if region_loader is None else region_loader.state_dict(),
+        "gates": None if gates is None else gates.state_dict(),
+        "rng": rng_state(),
+    }
+
+
+def restore(
+    state: dict[str, Any], *, loader: Any, region_loader: Any = None, gates: Any = None
+) -> None:
+    """Puts a state of `collect` back (not the counters: the loop owns them). Raises UserError on another version."""
+    if state.get("version") != VERSION:
+        raise UserError(
+            f"the checkpoint's state has version {state.get('version')!r}, this program reads {VERSION}"
+        )
+    loader.load_state_dict(state["loader"])
+    if region_loader is not None and state["region_loader"] is not None:
+        region_loader.load_state_dict(state["region_loader"])
+    if gates is not None and state["gates"] is not None:
+        gates.load_state_dict(state["gates"])
+    if state["rng"] is not None:
+        set_rng_state(state["rng"])

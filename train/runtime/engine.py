@@ -1,0 +1,351 @@
+"""The DeepSpeed engine: its settings made explicit and checked, its optimizer made by us.
+
+A file in ds_configs/ holds engine settings only. What the run file decides (batch, accumulation, clipping,
+precision) is "auto" there and filled in here. DeepSpeed ignores unknown top-level keys and half-understands "auto",
+so both are refused here (DeepSpeed 0.19.8, runtime/config.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from train.config import EngineConfig, OptimConfig, RunConfig, UserError
+from train.recipes_io import nearest
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+__all__ = [
+    "GuardedAdamW",
+    "build_engine",
+    "engine_settings",
+    "gathered",
+    "parameter_groups",
+    "zero_stage",
+]
+
+_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+_AUTO = "auto"
+_PRECISION_BLOCKS = ("fp16", "bf16", "torch_autocast")
+
+# Top-level keys a file may have; what the run file owns (optimizer, scheduler, train_batch_size) is not among them.
+_ALLOWED: dict[str, frozenset[str] | None] = {
+    "train_micro_batch_size_per_gpu": None,
+    "gradient_accumulation_steps": None,
+    "gradient_clipping": None,
+    "steps_per_print": None,
+    "zero_optimization": None,  # DeepSpeed itself refuses unknown keys in these two
+    "fp16": None,
+    "bf16": None,
+    "torch_autocast": frozenset({"enabled", "dtype", "lower_precision_safe_modules"}),
+    "checkpoint": frozenset(
+        {"tag_validation", "load_universal", "use_node_local_storage", "parallel_write", "writer"}
+    ),
+    "data_types": frozenset(
+        {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"}
+    ),
+    "zero_allow_untested_optimizer": None,
+    "zero_force_ds_cpu_optimizer": None,
+    "communication_data_type": None,
+    "prescale_gradients": None,
+    "gradient_predivide_factor": None,
+    "gradient_allreduce_op": None,
+    "managed_gradient_accumulation": None,
+    "disable_allgather": None,
+    "disable_python_gc": None,
+    "wall_clock_breakdown": None,
+    "memory_breakdown": None,
+    "dump_state": None,
+    "log_level": None,
+    "flops_profiler": frozenset(
+        {
+            "enabled",
+            "recompute_fwd_factor",
+            "profile_step",
+            "module_depth",
+            "top_modules",
+            "detailed",
+            "output_file",
+        }
+    ),
+    "comms_logger": None,
+    "activation_checkpointing": None,
+    "aio": None,
+    "compile": None,
+}
+_OURS = {
+    "train_batch_size": "it follows from the batch, the accumulation and the number of processes: leave it out",
+    "optimizer": "the optimizer comes from the run file's optim section: leave it out",
+    "scheduler": "the learning rate comes from the run file's optim section: leave it out",
+    "tensorboard": "the run directory has its own TensorBoard files: leave it out",
+}
+
+
+def parameter_groups(
+    student: nn.Module, new_modules: set[str], optim: OptimConfig
+) -> list[dict[str, Any]]:
+    """AdamW groups {decay, no decay} x {lr, new lr}, empty ones left out, in a fixed order.
+
+    Biases, norm weights and every other parameter of at most one dimension do not decay. Parameters below a module
+    named in `new_modules` (or named there themselves) get `new_lr_multiplier` (EfficientVLM section 4).
+    Raises ValueError when a name in `new_modules` matches nothing.
+    """
+    groups = {
+        (decays, new): {
+            "params": [],
+            "name": f"{'decay' if decays else 'no_decay'}{'_new' if new else ''}",
+            "weight_decay": optim.weight_decay if decays else 0.0,
+            "lr_multiplier": optim.new_lr_multiplier if new else 1.0,
+        }
+        for new in (False, True)
+        for decays in (True, False)
+    }
+    unmatched = set(new_modules)
+    for name, parameter in student.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        hits = {module for module in new_modules if name == module or name.startswith(f"{module}.")}
+        unmatched -= hits
+        groups[parameter.ndim > 1, bool(hits)]["params"].append(parameter)
+    if unmatched:
+        raise ValueError(
+            f"new modules with no trainable parameter in the student: {', '.join(sorted(unmatched))}"
+        )
+    kept = [group for group in groups.values() if group["params"]]
+    for group in kept:
+        group["lr"] = optim.lr * group["lr_multiplier"]
+    return kept
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW for ZeRO stage 0: clips by the global norm, keeps that norm, and skips a step with non-finite gradients.
+
+    At stages 1-3 DeepSpeed does all three; at stage 0 in fp32 it only clips, and would write NaN into the weights.
+    The engine reads `overflow` and `_global_grad_norm` from its optimizer. Gradients are already averaged over ranks
+    here, so all ranks decide alike.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], clip: float, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.clip = clip
+        self.overflow = False
+        self._global_grad_norm: float | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        grads = [
+            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
+        norm = (
+            torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+            if grads
+            else torch.zeros(())
+        )
+        self._global_grad_norm = norm.item()
+        self.overflow = not bool(torch.isfinite(norm))
+        if self.overflow:
+            return None
+        if self.clip > 0.0 and self._global_grad_norm > self.clip:
+            torch._foreach_mul_(grads, self.clip / (self._global_grad_norm + 1e-6))
+        return super().step(closure)
+
+
+def engine_settings(config: RunConfig) -> dict[str, Any]:
+    """The complete DeepSpeed settings of a run: every "auto" filled, every key known. Raises UserError."""
+    path = _find(config.engine)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object of DeepSpeed settings")
+    _check_keys(path, values)
+    for key, (ours, source) in _decided(config).items():
+        theirs = values.get(key, _AUTO)
+        if theirs not in (_AUTO, ours):
+            raise UserError(
+                f'{path}: {key} is {theirs!r}, but {source} says {ours!r}; write "auto" there'
+            )
+        values[key] = ours
+    _fill_precision(path, values, config.engine.precision)
+    zero = values.setdefault("zero_optimization", {"stage": 0})
+    if zero.get("stage") == 0:
+        if config.engine.precision == "fp16":
+            raise UserError(
+                f"{path}: engine.precision=fp16 at ZeRO stage 0 takes a wrong first Adam step in DeepSpeed 0.19; "
+                f"use engine.config=zero1"
+            )
+        values["gradient_clipping"] = 0.0  # GuardedAdamW clips
+    values.setdefault("zero_allow_untested_optimizer", True)
+    left = _auto_keys(values)
+    if left:
+        raise UserError(
+            f'{path}: {", ".join(left)}: "auto" is not known for this key; write the value'
+        )
+    return values
+
+
+def zero_stage(settings: dict[str, Any]) -> int:
+    """ZeRO stage of resolved settings."""
+    return int(settings["zero_optimization"].get("stage", 0))
+
+
+def _find(engine: EngineConfig) -> Path:
+    named = _CONFIGS / f"{engine.config}.json"
+    path = named if named.is_file() else Path(engine.config)
+    if not path.is_file():
+        known = sorted(file.stem for file in _CONFIGS.glob("*.json"))
+        raise FileNotFoundError(
+            f"engine.config {engine.config!r}: neither a file nor one of ds_configs/: "
+            f"{', '.join(known)}{nearest(engine.config, known)}"
+        )
+    return path
+
+
+def _check_keys(path: Path, values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if key in _OURS:
+            raise UserError(f"{path}: {key}: {_OURS[key]}")
+        if key not in _ALLOWED:
+            raise UserError(f"{path}: {key}: unknown DeepSpeed setting{nearest(key, _ALLOWED)}")
+        inner = _ALLOWED[key]
+        if inner is not None and isinstance(value, dict):
+            for name in value:
+                if name not in inner:
+                    raise UserError(
+                        f"{path}: {key}.{name}: unknown DeepSpeed setting{nearest(name, inner)}"
+                    )
+
+
+def _decided(config: RunConfig) -> dict[str, tuple[Any, str]]:
+    return {
+        "train_micro_batch_size_per_gpu": (config.data.batch, "data.batch in the run file"),
+        "gradient_accumulation_steps": (
+            config.engine.accumulate,
+            "engine.accumulate in the run file",
+        ),
+        "gradient_clipping": (config.optim.clip, "optim.clip in the run file"),
+    }
+
+
+def _fill_precision(path: Path, values: dict[str, Any], precision: str) -> None:
+    """Turns on the one block of `precision`. bf16 is autocast: parameters, and so small updates, stay fp32."""
+    wanted = {"fp32": None, "bf16": "torch_autocast", "fp16": "fp16"}[precision]
+    for block in _PRECISION_BLOCKS:
+        given = values.get(block, _AUTO)
+        inner = {} if given == _AUTO else dict(given)
+        enabled = inner.get("enabled", _AUTO)
+        if enabled not in (_AUTO, block == wanted):
+            raise UserError(
+                f"{path}: {block}.enabled is {enabled}, but engine.precision in the run file is {precision}; "
+                f'write "auto" there'
+            )
+        inner["enabled"] = block == wanted
+        if block == "torch_autocast":
+            if inner.get("dtype", _AUTO) == _AUTO:
+                inner["dtype"] = "bfloat16"
+        elif block == "fp16" and block == wanted:
+            inner = {"initial_scale_power": 16, "loss_scale_window": 1000} | inner
+        values[block] = inner
+
+
+def _auto_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found += _auto_keys(value, f"{prefix}{key}.")
+        elif value == _AUTO:
+            found.append(f"{prefix}{key}")
+    return found
+
+
+def _optimizer(
+    groups: list[dict[str, Any]], optim: OptimConfig, stage: int
+) -> torch.optim.Optimizer:
+    """AdamW as a client optimizer: DeepSpeed's own would compile fused_adam on a CPU (45 s)."""
+    options = {
+        "lr": optim.lr,
+        "betas": tuple(optim.betas),
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+    }
+    if stage == 0:
+        return GuardedAdamW(groups, clip=optim.clip, **options)
+    if torch.cuda.is_available():
+        return torch.optim.AdamW(groups, fused=True, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def build_engine(
+    config: RunConfig, module: nn.Module, groups: list[dict[str, Any]]
+) -> DeepSpeedEngine:
+    """`deepspeed.initialize` with resolved settings. `torch.distributed` is initialised already (distributed.start).
+
+    Args:
+        module: usually an `EngineModule`.
+        groups: from `parameter_groups`.
+    Raises UserError for settings that do not work, naming file and key.
+    """
+    import deepspeed
+    from deepspeed.utils import logger
+    from pydantic import ValidationError
+
+    logger.setLevel(logging.WARNING)
+    settings = engine_settings(config)
+    optimizer = _optimizer(groups, config.optim, zero_stage(settings))
+    try:
+        with _quiet_info():
+            engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{_find(config.engine)}: {error.title}: {key}: {first['msg']}") from None
+    if zero_stage(settings) == 3:
+        _register_external(module)
+    return engine
+
+
+@contextlib.contextmanager
+def _quiet_info() -> Iterator[None]:
+    """DeepSpeed logs its whole configuration at INFO while it initialises."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _register_external(module: nn.Module) -> None:
+    """Tells ZeRO-3 of parameters that a module uses in its forward and another module owns (tied weights).
+
+    A module says so by a method `external_parameters()` that returns them.
+    """
+    from deepspeed import zero
+
+    for user in module.modules():
+        listed = getattr(user, "external_parameters", None)
+        if callable(listed):
+            for parameter in listed():
+                zero.register_external_parameter(user, parameter)
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[nn.Module]:
+    """The module with complete parameters on every rank, for reading. Collective at ZeRO-3, nothing to do below it."""
+    parameters = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    if not parameters:
+        yield module
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters(parameters, modifier_rank=None):
+        yield module

@@ -1,0 +1,53 @@
+"""Stopping politely: signals set a flag, the loop asks all ranks for it once a step, saves, and returns 75.
+
+DeepSpeed's launcher gives a rank about 30 s between SIGTERM and SIGKILL, and tells the ranks one after the other; so
+no rank acts on its own flag, only on the flag of all.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+__all__ = ["EXIT_STOPPED", "StopFlag", "stop_on_signals"]
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopFlag:
+    """Set by a signal, read by the loop. `name` is the signal's, for the log."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.name is not None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler. Only remembers; a second Ctrl-C raises KeyboardInterrupt."""
+        if number == signal.SIGINT and self.name == "SIGINT":
+            raise KeyboardInterrupt("second Ctrl-C: leaving without a checkpoint")
+        self.name = signal.Signals(number).name
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopFlag]:
+    """A flag that SIGTERM, SIGUSR1 and SIGINT set while the context lasts; afterwards the old handlers are back.
+
+    Outside the main thread Python allows no handlers: the flag then stays unset.
+    """
+    flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    before: dict[int, Any] = {number: signal.signal(number, flag) for number in SIGNALS}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

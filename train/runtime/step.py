@@ -1,0 +1,154 @@
+"""One optimizer step: micro-batches through the engine, one summed backward each, and what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_pipeline.batches import Batch
+from train.tasks.base import Losses, StepContext, Task
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+__all__ = ["EngineModule", "GateStep", "StepResult", "keyed_generator", "train_step"]
+
+
+class GateStep(Protocol):
+    """The part of `GateOptimizer` that a step needs."""
+
+    def begin_step(self, step: int, generator: torch.Generator) -> None: ...
+
+    def finish_step(self, step: int, applied: bool, grad_scale: float) -> None: ...
+
+
+class EngineModule(nn.Module):
+    """What DeepSpeed wraps: the student, and around it the task and the teacher, which it must not see.
+
+    Only `student` is a submodule, so only its parameters are cast, partitioned, optimized and saved.
+    """
+
+    def __init__(self, student: nn.Module, task: Task, teacher: Any | None = None) -> None:
+        super().__init__()
+        self.student = student
+        self._unregistered = (task, teacher)
+
+    def forward(self, batch: Batch, context: StepContext) -> tuple[Tensor, Losses]:
+        """The total and its terms.
+
+        The total is returned as a tensor of its own: DeepSpeed 0.19 hangs the work before a backward (the
+        accumulation boundary among it) on tensors it finds in the output, and it does not look into dataclasses.
+        """
+        task, teacher = self._unregistered
+        losses = task.losses(self.student, teacher, batch, context)
+        return losses.total(), losses
+
+
+@dataclass
+class StepResult:
+    """One optimizer step.
+
+    Attributes:
+        applied: parameters were updated (on all ranks or on none).
+        finite: the total loss was finite on every rank in every micro-batch.
+        samples: text rows of all micro-batches on this rank.
+        data_wait: seconds spent waiting for batches.
+        sums, counts: detached sums over finite micro-batches, by "loss.NAME" and "metrics.NAME"; on the device.
+    """
+
+    applied: bool = False
+    finite: bool = True
+    samples: int = 0
+    data_wait: float = 0.0
+    grad_norm: float | None = None
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+
+
+def keyed_generator(seed: int, *key: int | str) -> torch.Generator:
+    """A CPU generator that depends on (seed, key) only, so all ranks and a resumed run draw the same numbers."""
+    text = ":".join(str(part) for part in (seed, *key))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    generator = torch.Generator()
+    generator.manual_seed(int.from_bytes(digest, "big") >> 1)
+    return generator
+
+
+def train_step(
+    engine: DeepSpeedEngine,
+    batches: Iterator[Batch],
+    context_of: Callable[[int], StepContext],
+    gates: GateStep | None = None,
+) -> StepResult:
+    """One optimizer step of `engine.gradient_accumulation_steps()` micro-batches.
+
+    `context_of(micro)` gives the context of each. Collective: all ranks call it with the same contexts.
+    """
+    result = StepResult()
+    micro_steps = engine.gradient_accumulation_steps()
+    bad = torch.zeros((), device=engine.device)
+    step = context_of(0).step
+    if gates is not None:
+        gates.begin_step(step, context_of(micro_steps).generator)
+    scale = _loss_scale(engine)
+    for micro in range(micro_steps):
+        started = time.perf_counter()
+        batch = next(batches)
+        result.data_wait += time.perf_counter() - started
+        result.samples += batch.rows
+        total, losses = engine(batch.to(engine.device, non_blocking=True), context_of(micro))
+        bad_here = _bad_on_any_rank(total)
+        _accumulate(result, total, losses, bad_here)
+        bad = torch.maximum(bad, bad_here)
+        # One NaN anywhere makes every gradient NaN everywhere, and DeepSpeed skips such a step on all ranks alike:
+        # no rank decides alone, and the flag need not be read before the backward.
+        engine.backward(total * torch.where(bad_here > 0, torch.nan, 1.0))
+        engine.step()
+    result.finite = bad.item() == 0.0
+    result.applied = bool(engine.was_step_applied())
+    result.grad_norm = _grad_norm(engine)
+    if gates is not None:
+        gates.finish_step(step, result.applied, scale)
+    return result
+
+
+def _bad_on_any_rank(total: Tensor) -> Tensor:
+    """0-d float on the device: 1 when `total` is not finite on any rank."""
+    bad = (~torch.isfinite(total.detach())).to(torch.float32)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return bad
+
+
+def _accumulate(result: StepResult, total: Tensor, losses: Losses, bad: Tensor) -> None:
+    values = {f"loss.{name}": term for name, term in losses.terms.items()}
+    values["loss.total"] = total
+    values.update({f"metrics.{name}": value for name, value in losses.metrics.items()})
+    for name, value in values.items():
+        value = value.detach().float().reshape(())
+        good = torch.isfinite(value) & (bad == 0)
+        kept = torch.where(good, value, torch.zeros_like(value))
+        result.sums[name] = result.sums.get(name, 0.0) + kept
+        result.counts[name] = result.counts.get(name, 0.0) + good.float()
+
+
+def _loss_scale(engine: DeepSpeedEngine) -> float:
+    """Factor on all gradients of the coming backwards (fp16 mode only; 1 otherwise)."""
+    return (
+        float(getattr(engine.optimizer, "loss_scale", None) or 1.0)
+        if engine.fp16_enabled()
+        else 1.0
+    )
+
+
+def _grad_norm(engine: DeepSpeedEngine) -> float | None:
+    """Global gradient norm before clipping, None when the engine did not compute one."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
