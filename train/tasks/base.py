@@ -57,7 +57,9 @@ class Task(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def losses(self, student: XVLM, teacher: Teacher | None, batch: Batch, context: StepContext) -> Losses:
+    def losses(
+        self, student: XVLM, teacher: Teacher | None, batch: Batch, context: StepContext
+    ) -> Losses:
         """Losses of one micro-batch. Runs inside the engine's forward, on every rank with the same calls."""
 
     @abstractmethod

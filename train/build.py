@@ -1,0 +1,304 @@
+"""The only place that wires: from a RunConfig to everything the loop needs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.loader import Loader, build_loader
+from data_pipeline.text import load_tokenizer
+from models import from_pretrained, presets
+from models.config import ModelConfig
+from models.gates import GateBank
+from models.initialise import student_from_teacher, task_form_from_pretrained
+from models.xvlm import XVLM
+from train.checkpoint.manager import CheckpointManager
+from train.config import RunConfig
+from train.evaluation.pictures import vqa_pictures
+from train.evaluation.runner import evaluate
+from train.evaluation.vqa import AnswerList
+from train.monitor import Monitor
+from train.runtime.distributed import Distributed
+from train.runtime.engine import build_engine, parameter_groups
+from train.runtime.gate_optimizer import GateOptimizer
+from train.runtime.step import EngineModule
+from train.runtime.teacher import Teacher
+from train.tasks.base import Task
+from train.tasks.pretrain import PretrainTask
+from train.tasks.vqa import VqaTask
+
+__all__ = ["Run", "build", "build_student", "build_task", "load_answers", "model_config"]
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """Everything one training stage holds while it runs."""
+
+    config: RunConfig
+    directory: Path
+    dist: Distributed
+    task: Task
+    student: XVLM
+    teacher: Teacher | None
+    engine: Any  # deepspeed.DeepSpeedEngine
+    loader: Loader
+    region_loader: Loader | None
+    gates: GateOptimizer | None
+    open_monitor: Callable[[int], Monitor]
+    monitor: Monitor
+    checkpoints: CheckpointManager
+    tokenizer: Any
+    validate: Callable[[int], dict[str, float]] | None
+    pictures: Callable[[int], None] | None
+
+
+def tokenizer_folder(config: RunConfig) -> Path:
+    """`data.tokenizer`, or the tokenizer beside the task folder of `data.train` (DIR/tokenizer).
+
+    Raises:
+        FileNotFoundError: neither exists.
+    """
+    if config.data.tokenizer is not None:
+        folder = Path(config.data.tokenizer)
+    else:
+        folder = Path(config.data.train).parent.parent / "tokenizer"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no tokenizer there; name one with data.tokenizer=FOLDER (a Hugging Face tokenizer)"
+        )
+    return folder
+
+
+def is_model_folder(model: str | dict[str, Any]) -> bool:
+    return isinstance(model, str) and (Path(model) / "config.json").is_file()
+
+
+def model_config(config: RunConfig, vocab_size: int | None) -> ModelConfig:
+    """The student's configuration: a preset, a folder's config.json, or inline values."""
+    form = config.task
+    if is_model_folder(config.model):
+        return ModelConfig.load(Path(str(config.model)) / "config.json").as_form(form)
+    if isinstance(config.model, dict):
+        return ModelConfig.from_dict(config.model, where="model")
+    overrides: dict[str, Any] = {}
+    if vocab_size is not None and config.model.startswith("blocksworld"):
+        overrides["text"] = {"vocab_size": vocab_size}
+    return presets.config(config.model, form=form, **overrides)
+
+
+def build_student(config: RunConfig, vocab_size: int, teacher: XVLM | None) -> XVLM:
+    """The model to train, with its first weights.
+
+    Raises:
+        ValueError: `initialise.source` is "teacher" and there is none, or shapes do not fit.
+    """
+    wanted = model_config(config, vocab_size)
+    init = config.initialise
+    if is_model_folder(config.model):
+        student = from_pretrained(Path(str(config.model)))
+        if student.config.form != wanted.form:
+            student = task_form_from_pretrained(student, form=wanted.form)
+        return student
+    if init.source == "random":
+        torch.manual_seed(config.seed)
+        return XVLM(wanted)
+    if init.source == "teacher":
+        if teacher is None:
+            raise ValueError("initialise.source=teacher needs teacher.path")
+        student, report = student_from_teacher(
+            teacher,
+            wanted,
+            vision_map=init.vision_map,
+            text_map=init.text_map,
+            fusion_map=init.fusion_map,
+            decoder_map=init.decoder_map,
+        )
+        _LOG.info("student cut from the teacher: %s", report)
+        return student
+    source = from_pretrained(Path(init.source))
+    if source.config.form != wanted.form:
+        source = task_form_from_pretrained(source, form=wanted.form)
+    if source.config != wanted:
+        _LOG.warning("initialise.source %s decides the model's shape, not `model`", init.source)
+    return source
+
+
+def load_answers(config: RunConfig, tokenizer: Any) -> AnswerList | None:
+    """The candidate answers beside the task folder (DIR/vqa/answers.json), if there are any."""
+    path = Path(config.data.train).parent / "answers.json"
+    return AnswerList.load(path, tokenizer) if path.is_file() else None
+
+
+def build_task(
+    config: RunConfig, student: XVLM, teacher: XVLM | None, answers: AnswerList | None
+) -> Task:
+    theirs = None if teacher is None else teacher.config
+    if config.task == "vqa":
+        return VqaTask(config.loss, config.kd, student.config, theirs, answers, config.eval.top_k)
+    return PretrainTask(
+        config.loss, config.kd, student.config, theirs, config.negatives == "global"
+    )
+
+
+def _loader(
+    config: RunConfig,
+    task: str,
+    folder: str,
+    model: ModelConfig,
+    tokenizer: Any,
+    dist: Distributed,
+    train: bool,
+) -> Loader:
+    data = config.data
+    return build_loader(
+        task,
+        Path(folder),
+        tokenizer=tokenizer,
+        batch=data.batch if train else config.eval.batch,
+        rank=dist.rank,
+        world_size=dist.world_size,
+        seed=config.seed,
+        train=train,
+        image_size=model.vision.image_size,
+        patch_size=model.vision.patch_size,
+        max_tokens=data.max_tokens,
+        max_answer_tokens=data.max_answer_tokens,
+        mlm_probability=data.mlm_probability,
+        mlm_max=data.mlm_max,
+        rows_per_image=data.rows_per_image,
+        augment=data.augment if train else "none",
+        workers=data.workers if train else 0,
+        block=data.block,
+        window_blocks=data.window_blocks,
+        faults=data.faults,
+        max_fault_rate=data.max_fault_rate,
+        region=data.region,
+        limit=0 if train else config.eval.samples,
+        pin_memory=dist.device.type == "cuda",
+    )
+
+
+def _gates(config: RunConfig, student: XVLM, dist: Distributed) -> GateOptimizer | None:
+    if config.prune is None:
+        return None
+    bank = GateBank.of_model(
+        student,
+        config.prune.modalities,
+        head_init=config.prune.head_init,
+        ffn_init_drop=config.prune.ffn_init_drop,
+        seed=config.seed,
+    )
+    return GateOptimizer(bank, config.prune, dist.device, dist.world_size)
+
+
+def build(config: RunConfig, dist: Distributed) -> Run:
+    """Wire a run. Collective: every rank calls it with the same configuration.
+
+    Raises:
+        ValueError, FileNotFoundError: bad input, with file, key and remedy.
+    """
+    directory = Path(config.out)
+    tokenizer = load_tokenizer(tokenizer_folder(config))
+    teacher = Teacher.load(config.teacher, dist.device) if config.teacher.path else None
+    if config.stage == "distill" and teacher is None:
+        raise ValueError("teacher.path: distill needs a teacher model folder")
+    teacher_model = None if teacher is None else teacher.model
+    student = build_student(config, len(tokenizer), teacher_model).float().to(dist.device)
+    check_tokenizer(student.config, len(tokenizer))
+    answers = load_answers(config, tokenizer) if config.task == "vqa" else None
+    if answers is not None:
+        answers = answers.to(dist.device)
+    task = build_task(config, student, teacher_model, answers)
+    gates = _gates(config, student, dist)
+    engine = build_engine(
+        config, EngineModule(student, task, teacher), parameter_groups(student, set(), config.optim)
+    )
+
+    def loader(kind: str, folder: str, train: bool) -> Loader:
+        return _loader(config, kind, folder, student.config, tokenizer, dist, train)
+
+    kind = "vqa" if config.task == "vqa" else "pretrain"
+    regions = config.data.region.probability > 0 and kind == "pretrain"
+    # Until the loop knows where it resumes, a monitor that writes nothing stands in.
+    silent = Monitor(directory, config.optim.steps, 1, config.log)
+
+    def open_monitor(resume_step: int) -> Monitor:
+        return Monitor(
+            directory,
+            config.optim.steps,
+            dist.rank,
+            config.log,
+            resume_step,
+            run.loader.samples_per_epoch,
+        )
+
+    run = Run(
+        config=config,
+        directory=directory,
+        dist=dist,
+        task=task,
+        student=student,
+        teacher=teacher,
+        engine=engine,
+        loader=loader(kind, config.data.train, True),
+        region_loader=loader("region", config.data.region_train or config.data.train, True)
+        if regions
+        else None,
+        gates=gates,
+        open_monitor=open_monitor,
+        monitor=silent,
+        checkpoints=CheckpointManager(
+            directory / "checkpoints", config.checkpoint.keep, run_id=run_id(config)
+        ),
+        tokenizer=tokenizer,
+        validate=None,
+        pictures=None,
+    )
+    if config.data.val is not None:
+        held_out = loader(kind, config.data.val, False)
+        run.validate = lambda step: _validate(run, held_out)
+        if kind == "vqa" and answers is not None:
+            run.pictures = lambda step: _pictures(run, step, answers, held_out)
+    return run
+
+
+def _validate(run: Run, held_out: Loader) -> dict[str, float]:
+    """Held-out metrics; a run that prunes is judged with the gates that evaluation will use."""
+    with run.gates.evaluation() if run.gates is not None else nullcontext():
+        return evaluate(run.student, run.task, held_out, run.dist)
+
+
+def _pictures(run: Run, step: int, answers: AnswerList, held_out: Loader) -> None:
+    with run.gates.evaluation() if run.gates is not None else nullcontext():
+        vqa_pictures(
+            run.monitor,
+            step,
+            run.student,
+            answers,
+            held_out,
+            run.dist,
+            top_k=run.config.eval.top_k,
+        )
+
+
+def check_tokenizer(config: ModelConfig, vocab_size: int) -> None:
+    """Raises ValueError when the tokenizer knows ids that the embedding table has no row for."""
+    if vocab_size > config.text.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocab_size} entries but model {config.name!r} only "
+            f"{config.text.vocab_size} (text.vocab_size): they do not belong together"
+        )
+
+
+def run_id(config: RunConfig) -> str:
+    """What makes a checkpoint this run's: stage, task, seed and output folder."""
+    return json.dumps([config.stage, config.task, config.seed, Path(config.out).name])

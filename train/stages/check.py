@@ -1,0 +1,42 @@
+"""What must hold between sections of a run file: errors before anything is built, warnings for dead keys."""
+
+from __future__ import annotations
+
+import logging
+
+from train.config import KdConfig, RegionConfig, RunConfig
+
+__all__ = ["check_stage"]
+
+_LOG = logging.getLogger(__name__)
+
+
+def check_stage(config: RunConfig) -> None:
+    """Raises ValueError on contradictions; logs a warning for every section without effect in this stage."""
+    needs_task = {"pretrain": "pretrain", "distill": "pretrain"}.get(config.stage)
+    if needs_task is not None and config.task != needs_task:
+        raise ValueError(
+            f"task: stage {config.stage} trains task {needs_task!r}, not {config.task!r}"
+        )
+    if config.stage in ("finetune", "prune") and config.task == "pretrain":
+        raise ValueError(f"task: stage {config.stage} needs a downstream task such as vqa")
+    if config.stage == "prune" and config.prune is None:
+        raise ValueError(
+            "prune: stage prune needs a `prune` section (prune.sparsity=0.35 for example)"
+        )
+    if config.stage != "prune" and config.prune is not None:
+        raise ValueError(f"prune: stage {config.stage} does not prune; remove the section")
+    if config.stage == "distill" and config.teacher.path is None:
+        raise ValueError("teacher.path: stage distill needs a teacher model folder")
+    if config.prune is not None:
+        if not 0 < config.prune.sparsity < 1:
+            raise ValueError(f"prune.sparsity: {config.prune.sparsity} is not between 0 and 1")
+        freeze = config.prune.freeze_step
+        if freeze is not None and freeze > config.optim.steps:
+            raise ValueError(
+                f"prune.freeze_step: {freeze} lies after the last step (optim.steps={config.optim.steps})"
+            )
+    if config.teacher.path is None and config.kd != KdConfig():
+        _LOG.warning("kd: has no effect without teacher.path")
+    if config.task != "pretrain" and config.data.region != RegionConfig():
+        _LOG.warning("data.region: has no effect for task %s", config.task)

@@ -1,0 +1,57 @@
+"""One stage from its first to its last step."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from models import from_pretrained
+from models.pruning.surgery import prune, sparsity_report
+from train.build import Run, build
+from train.config import RunConfig
+from train.recipes_io import dump_run_yaml
+from train.provenance import provenance
+from train.runtime.distributed import finish, start
+from train.runtime.loop import save_model, train
+
+__all__ = ["walk"]
+
+_LOG = logging.getLogger(__name__)
+
+
+def walk(config: RunConfig, resume: str) -> int:
+    """Build, resume, train, and leave `model/` in the run directory. Collective over ranks."""
+    dist = start()
+    try:
+        directory = Path(config.out)
+        if dist.rank == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            dump_run_yaml(config, directory / "run.yaml", provenance(dist.world_size))
+        run = build(config, dist)
+        code = train(run, resume)
+        if code == 0 and run.gates is not None:
+            save_model(run)
+            if dist.rank == 0:
+                slim_model(run)
+        run.monitor.close()
+        return code
+    finally:
+        finish(dist)
+
+
+def slim_model(run: Run) -> None:
+    """Cut what the final gates closed: `model/` becomes the smaller model, `dense/` keeps the uncut weights.
+
+    Runs on one rank, on the weights that the loop has just saved.
+    """
+    assert run.gates is not None
+    model_folder, dense_folder = run.directory / "model", run.directory / "dense"
+    dense = from_pretrained(model_folder)
+    gates = {name: z.cpu() for name, z in run.gates.structure().items()}
+    slim = prune(dense, gates)
+    dense.save_pretrained(dense_folder, tokenizer=run.tokenizer)
+    slim.save_pretrained(model_folder, tokenizer=run.tokenizer)
+    report = sparsity_report(dense, slim)
+    (run.directory / "sparsity.json").write_text(json.dumps(report, indent=2) + "\n")
+    _LOG.info("slim model written to %s: %s", model_folder, report)

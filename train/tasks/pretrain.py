@@ -1,0 +1,282 @@
+"""Pre-training: ITC + ITM + MLM (+ boxes on region batches), and what a teacher adds to them.
+
+EfficientVLM (2210.07795) section 3; X-VLM (2111.08276) section 3. The published code drew hard negatives for
+teacher and student separately; here they are drawn once, from the global batch, and both models score them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.batches import PretrainBatch
+from models.config import ModelConfig
+from models.outputs import Capture, EncoderOutput
+from models.xvlm import XVLM
+from train.config import KdConfig
+from train.losses import vl
+from train.losses.distillation import LayerPairs, attention_sum, layer_pairs, logits_kl
+from train.losses.gather import all_gather_no_grad, all_gather_with_grad
+from train.runtime.teacher import Teacher
+from train.tasks.base import Losses, StepContext, Task
+from train.tasks.kd import capture, pass_terms, rows, upper_part
+
+__all__ = ["PretrainTask"]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Layer pairs of the kinds of pass, for one student and one teacher."""
+
+    image: LayerPairs
+    text: LayerPairs
+    fusion: LayerPairs
+    multimodal: LayerPairs
+
+    @classmethod
+    def between(cls, student: ModelConfig, teacher: ModelConfig) -> _Plan:
+        text = layer_pairs(student.text.text_layers, teacher.text.text_layers)
+        fusion = layer_pairs(student.text.fusion_layers, teacher.text.fusion_layers)
+        return cls(
+            image=layer_pairs(student.vision.layers, teacher.vision.layers),
+            text=text,
+            fusion=fusion,
+            multimodal=text.then(fusion),
+        )
+
+
+@dataclass
+class _Pass:
+    """Everything one model computed on a batch."""
+
+    image: EncoderOutput
+    image_states: Tensor  # (B, P, D): region rows on a region batch
+    image_mask: Tensor | None  # (B, P)
+    full_states: Tensor | None  # (N, P, D), region batches only
+    text: EncoderOutput
+    matched: EncoderOutput | None = (
+        None  # 3B rows: B positives, B x negative image, B x negative text
+    )
+    match_logits: Tensor | None = None
+    mlm: EncoderOutput | None = None
+    mlm_logits: Tensor | None = None
+
+
+class PretrainTask(Task):
+    """ITC, ITM, MLM and box losses; with a teacher also the KD terms of section 3.2."""
+
+    name = "pretrain"
+
+    def __init__(
+        self,
+        weights: dict[str, float],
+        kd: KdConfig,
+        student: ModelConfig,
+        teacher: ModelConfig | None,
+        global_negatives: bool = True,
+    ) -> None:
+        self.weights = weights
+        self.kd = kd
+        self.plan = None if teacher is None else _Plan.between(student, teacher)
+        self.global_negatives = global_negatives
+
+    # -- one model's passes ------------------------------------------------------------------------------
+
+    def _capture(self, side: str, kind: str) -> Capture:
+        if self.plan is None:
+            return Capture()
+        cross_from = {
+            "fusion": 0,
+            "multimodal": self.plan.text.student_layers,
+        }.get(kind)
+        return capture(getattr(self.plan, kind), side, self.kd, cross_from)
+
+    def _encode(self, model: XVLM, batch: PretrainBatch, side: str) -> _Pass:
+        capture = self._capture(side, "image")
+        text = model.encode_text(batch.text_ids, batch.text_mask, self._capture(side, "text"))
+        if batch.region_mask is None:
+            image = model.encode_image(batch.images, capture)
+            return _Pass(image, image.last, None, None, text)
+        region = model.encode_image(
+            batch.images, capture, region_mask=batch.region_mask, image_index=batch.image_index
+        )
+        return _Pass(region.rows, region.rows.last, batch.region_mask, region.full, text)
+
+    def _match(
+        self, model: XVLM, done: _Pass, batch: PretrainBatch, negatives: vl.HardNegatives, side: str
+    ) -> None:
+        """ITM on B matched pairs, B with another image, B with another text: one fusion pass of 3B rows."""
+        image_for_text, text_for_image = negatives
+        gather = all_gather_with_grad if side == "student" else all_gather_no_grad
+        images, texts = gather(done.image_states), gather(done.text.last)
+        text_mask = all_gather_no_grad(batch.text_mask)
+        own_text, own_mask = done.text.last, batch.text_mask
+        image_mask = None
+        if done.image_mask is not None:
+            masks = all_gather_no_grad(done.image_mask)
+            image_mask = torch.cat([done.image_mask, masks[image_for_text], done.image_mask])
+        done.matched = model.fuse(
+            torch.cat([own_text, own_text, texts[text_for_image]]),
+            torch.cat([own_mask, own_mask, text_mask[text_for_image]]),
+            torch.cat([done.image_states, images[image_for_text], done.image_states]),
+            image_mask,
+            self._capture(side, "fusion"),
+        )
+        done.match_logits = model.match_logits(done.matched.last)
+
+    def _mlm(self, model: XVLM, done: _Pass, batch: PretrainBatch, side: str) -> None:
+        done.mlm = model.multimodal(
+            batch.mlm_ids,
+            batch.text_mask,
+            done.image_states,
+            done.image_mask,
+            self._capture(side, "multimodal"),
+        )
+        done.mlm_logits = model.mlm_logits(done.mlm.last, batch.mlm_positions)
+
+    # -- losses ------------------------------------------------------------------------------------------
+
+    def losses(
+        self, student: XVLM, teacher: Teacher | None, batch: PretrainBatch, context: StepContext
+    ) -> Losses:
+        done = self._encode(student, batch, "student")
+        itc, similarity = vl.contrastive_loss(
+            student.image_feature(done.image_states),
+            student.text_feature(done.text.last),
+            student.temperature(),
+        )
+        negatives = vl.hard_negatives(
+            similarity, context.generator, local=not self.global_negatives
+        )
+        self._match(student, done, batch, negatives, "student")
+        self._mlm(student, done, batch, "student")
+        assert done.match_logits is not None and done.mlm_logits is not None
+        labels = vl.matching_labels(batch.rows, done.match_logits.device)
+        terms = {
+            "itc": itc,
+            "itm": vl.matching_loss(done.match_logits, labels),
+            "mlm": vl.mlm_loss(done.mlm_logits, batch.mlm_labels),
+        }
+        touch = None
+        if done.full_states is None:
+            touch = student.touch(
+                {"bbox_head"}
+            )  # no region rows: ZeRO-3 would repeat the last gradient
+        else:
+            terms |= self._boxes(student, done, batch)
+        share = 1.0 if teacher is None else self.kd.task_weight
+        weights = {name: share * self.weights.get(name, 1.0) for name in terms}
+        if teacher is not None:
+            extra, extra_weights = self._distil(teacher, done, batch, negatives)
+            terms |= extra
+            weights |= extra_weights
+        metrics = {
+            "itm_accuracy": (done.match_logits.argmax(-1) == labels).float().mean(),
+            "mlm_accuracy": _masked_accuracy(done.mlm_logits, batch.mlm_labels),
+            "temperature": student.temperature().detach().mean(),
+        }
+        return Losses(terms, weights, metrics, touch)
+
+    @staticmethod
+    def _boxes(student: XVLM, done: _Pass, batch: PretrainBatch) -> dict[str, Tensor]:
+        """Boxes are predicted from the whole image and the unmasked text (X-VLM, section 3.2)."""
+        assert (
+            done.full_states is not None and batch.boxes is not None and batch.is_region is not None
+        )
+        fused = student.fuse(
+            done.text.last, batch.text_mask, done.full_states[batch.image_index], None
+        )
+        l1, giou = vl.box_losses(student.predict_box(fused.last), batch.boxes, batch.is_region)
+        return {"box_l1": l1, "box_giou": giou}
+
+    def _distil(
+        self, teacher: Teacher, done: _Pass, batch: PretrainBatch, negatives: vl.HardNegatives
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        kd, plan, count = self.kd, self.plan, batch.rows
+        assert plan is not None and done.matched is not None and done.mlm is not None
+        with teacher.running() as model:
+            target = self._encode(model, batch, "teacher")
+            self._match(model, target, batch, negatives, "teacher")
+            self._mlm(model, target, batch, "teacher")
+        assert target.matched is not None and target.mlm is not None
+        fusion = [
+            pass_terms(
+                kd, rows(done.matched, *cut), rows(target.matched, *cut), plan.fusion, cross=True
+            )
+            for cut in ((0, count), (count, 3 * count))
+        ]
+        # The whole MLM pass counts as fusion, its text layers too (they see masked text here).
+        fusion.append(self._multimodal_terms(done.mlm, target.mlm))
+        image = pass_terms(kd, done.image, target.image, plan.image, drop_last=True)
+        text = pass_terms(kd, done.text, target.text, plan.text)
+        terms, weights = {}, {}
+
+        def add(name: str, value: Tensor, weight: float) -> None:
+            terms[f"kd_{name}"], weights[f"kd_{name}"] = value, kd.kd_weight * weight
+
+        assert done.match_logits is not None and target.match_logits is not None
+        assert done.mlm_logits is not None and target.mlm_logits is not None
+        add("itm", logits_kl(done.match_logits, target.match_logits, kd.temperature), kd.logits)
+        add("mlm", logits_kl(done.mlm_logits, target.mlm_logits, kd.temperature), kd.logits)
+        add("image_hidden", image["hidden"], kd.image * kd.image_hidden)
+        add("text_hidden", text["hidden"], kd.text)
+        add("fusion_hidden", torch.stack([part["hidden"] for part in fusion]).sum(), kd.fusion)
+        if kd.attention != "none":
+            add("image_attention", image["attention"], kd.image)
+            add("text_attention", text["attention"], kd.text)
+            add("fusion_attention", torch.stack([p["attention"] for p in fusion]).sum(), kd.fusion)
+        return terms, weights
+
+    def _multimodal_terms(
+        self, student: EncoderOutput, teacher: EncoderOutput
+    ) -> dict[str, Tensor]:
+        assert self.plan is not None
+        terms = pass_terms(self.kd, student, teacher, self.plan.multimodal)
+        if self.kd.cross_attention and self.kd.attention != "none":
+            upper = upper_part(self.plan.multimodal, self.plan.text.student_layers)
+            terms["attention"] = terms["attention"] + attention_sum(
+                student.cross_attention, teacher.cross_attention, upper.attention, self.kd.attention
+            )
+        return terms
+
+    # -- evaluation --------------------------------------------------------------------------------------
+
+    def evaluate(self, model: XVLM, batch: PretrainBatch) -> dict[str, Any]:
+        """In-batch retrieval at 1 both ways, ITM accuracy against the next pair, MLM accuracy."""
+        done = self._encode(model, batch, "none")
+        valid, count = batch.valid, batch.rows
+        similarity = model.image_feature(done.image_states) @ model.text_feature(done.text.last).T
+        similarity = similarity.masked_fill(~(valid[:, None] & valid[None, :]), float("-inf"))
+        own = torch.arange(count, device=valid.device)
+        other = torch.roll(own, 1)
+        fused = model.fuse(
+            torch.cat([done.text.last, done.text.last]),
+            torch.cat([batch.text_mask, batch.text_mask]),
+            torch.cat([done.image_states, done.image_states[other]]),
+            None,
+        )
+        predicted = model.match_logits(fused.last).argmax(-1)
+        self._mlm(model, done, batch, "none")
+        assert done.mlm_logits is not None
+        slots = (batch.mlm_labels != -100) & valid[:, None]
+        hits = (done.mlm_logits.argmax(-1) == batch.mlm_labels) & slots
+        total = valid.sum()
+
+        def share(right: Tensor) -> tuple[Tensor, Tensor]:
+            return (right & valid).sum(), total
+
+        return {
+            "image_to_text_r1": share(similarity.argmax(1) == own),
+            "text_to_image_r1": share(similarity.argmax(0) == own),
+            "itm_positive": share(predicted[:count] == 1),
+            "itm_negative": share(predicted[count:] == 0),
+            "mlm_accuracy": (hits.sum(), slots.sum()),
+        }
+
+
+def _masked_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    slots = labels != -100
+    return ((logits.argmax(-1) == labels) & slots).sum() / slots.sum().clamp(min=1)

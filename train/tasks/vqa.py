@@ -1,0 +1,170 @@
+"""Visual question answering with an answer decoder (ALBEF style; EfficientVLM sections 3.3 and 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from data_pipeline.batches import VqaBatch
+from models.config import ModelConfig
+from models.outputs import Capture, EncoderOutput
+from models.xvlm import XVLM
+from train.config import KdConfig
+from train.evaluation.vqa import AnswerList, evaluate_batch
+from train.losses import vl
+from train.losses.distillation import LayerPairs, layer_pairs, logits_kl
+from train.runtime.teacher import Teacher
+from train.tasks.base import Losses, StepContext, Task
+from train.tasks.kd import capture, pass_terms, upper_part
+
+__all__ = ["VqaTask"]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Layer pairs; text and fusion are two stretches of one multimodal pass with weights of their own."""
+
+    image: LayerPairs
+    text: LayerPairs
+    fusion: LayerPairs
+    question: LayerPairs
+    decoder: LayerPairs
+
+    @classmethod
+    def between(cls, student: ModelConfig, teacher: ModelConfig) -> _Plan:
+        if student.decoder is None or teacher.decoder is None:
+            raise ValueError(
+                "vqa distillation needs a teacher with an answer decoder (form vqa): teacher.path must "
+                "name a model fine-tuned for vqa"
+            )
+        text = layer_pairs(student.text.text_layers, teacher.text.text_layers)
+        question = text.then(layer_pairs(student.text.fusion_layers, teacher.text.fusion_layers))
+        return cls(
+            image=layer_pairs(student.vision.layers, teacher.vision.layers),
+            text=text,
+            fusion=upper_part(question, text.student_layers),
+            question=question,
+            decoder=layer_pairs(student.decoder.layers, teacher.decoder.layers),
+        )
+
+
+@dataclass
+class _Pass:
+    image: EncoderOutput
+    question: EncoderOutput
+    answer: EncoderOutput
+    logits: Tensor  # (A, La, V)
+
+
+class VqaTask(Task):
+    """Language-model loss on weighted answers; accuracy by ranking the answer list.
+
+    Args:
+        answers: candidate answers for evaluation; None when the task only trains.
+        top_k: candidates kept after the first answer token (published: 128).
+    """
+
+    name = "vqa"
+
+    def __init__(
+        self,
+        weights: dict[str, float],
+        kd: KdConfig,
+        student: ModelConfig,
+        teacher: ModelConfig | None,
+        answers: AnswerList | None = None,
+        top_k: int = 128,
+    ) -> None:
+        self.weights = weights
+        self.kd = kd
+        self.plan = None if teacher is None else _Plan.between(student, teacher)
+        self.answers = answers
+        self.top_k = top_k
+
+    def _run(self, model: XVLM, batch: VqaBatch, side: str) -> _Pass:
+        plan, kd = self.plan, self.kd
+        if plan is None:
+            captures = (Capture(), Capture(), Capture())
+        else:
+            captures = (
+                capture(plan.image, side, kd),
+                capture(plan.question, side, kd, cross_from=plan.text.student_layers),
+                capture(plan.decoder, side, kd, cross_from=0),
+            )
+        image = model.encode_image(batch.images, captures[0])
+        states = image.last[batch.image_index]
+        question = model.multimodal(
+            batch.question_ids, batch.question_mask, states, None, captures[1]
+        )
+        answer = model.decode(
+            batch.answer_ids,
+            batch.answer_mask,
+            question.last[batch.answer_row],
+            batch.question_mask[batch.answer_row],
+            captures[2],
+        )
+        return _Pass(image, question, answer, answer.logits)
+
+    def losses(
+        self, student: XVLM, teacher: Teacher | None, batch: VqaBatch, context: StepContext
+    ) -> Losses:
+        done = self._run(student, batch, "student")
+        loss = vl.answer_loss(
+            done.logits, batch.answer_ids, batch.answer_mask, batch.answer_weight, batch.rows
+        )
+        share = 1.0 if teacher is None else self.kd.task_weight
+        terms = {"answer": loss}
+        weights = {"answer": share * self.weights.get("answer", 1.0)}
+        if teacher is not None:
+            extra, extra_weights = self._distil(teacher, done, batch)
+            terms |= extra
+            weights |= extra_weights
+        right = (done.logits[:, 0].argmax(-1) == batch.answer_ids[:, 1]).float()
+        weight = batch.answer_weight
+        metrics = {"first_token_accuracy": (right * weight).sum() / weight.sum().clamp(min=1e-6)}
+        return Losses(terms, weights, metrics)
+
+    def _distil(
+        self, teacher: Teacher, done: _Pass, batch: VqaBatch
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        kd, plan = self.kd, self.plan
+        assert plan is not None
+        with teacher.running() as model:
+            target = self._run(model, batch, "teacher")
+        image = pass_terms(kd, done.image, target.image, plan.image, drop_last=True)
+        text = pass_terms(kd, done.question, target.question, plan.text)
+        fusion = pass_terms(kd, done.question, target.question, plan.fusion, cross=True)
+        decoder = pass_terms(kd, done.answer, target.answer, plan.decoder, cross=True)
+        # Positions whose next token is real: padding has no prediction worth imitating.
+        terms = {
+            "kd_answer": logits_kl(
+                done.logits[:, :-1], target.logits[:, :-1], kd.temperature, batch.answer_mask[:, 1:]
+            )
+        }
+        weights = {"kd_answer": kd.kd_weight * kd.logits}
+        parts = {
+            "image": (image, kd.image, kd.image_hidden),
+            "text": (text, kd.text, 1.0),
+            "fusion": (fusion, kd.fusion, 1.0),
+            "decoder": (decoder, kd.decoder, 1.0),
+        }
+        for name, (values, weight, hidden_weight) in parts.items():
+            for kind, value in values.items():
+                terms[f"kd_{name}_{kind}"] = value
+                factor = hidden_weight if kind == "hidden" else 1.0
+                weights[f"kd_{name}_{kind}"] = kd.kd_weight * weight * factor
+        return terms, weights
+
+    def evaluate(self, model: XVLM, batch: VqaBatch) -> dict[str, Any]:
+        """Accuracy over valid rows, overall and by question type.
+
+        Raises:
+            ValueError: the task was built without an answer list.
+        """
+        if self.answers is None:
+            raise ValueError(
+                "vqa evaluation ranks an answer list; the data folder has no answers.json"
+            )
+        return evaluate_batch(model, batch, self.answers, self.top_k)
