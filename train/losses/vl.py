@@ -204,7 +204,7 @@ def matching_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy over used slots, 0 without any. logits (B, M, V), labels (B, M), -100 unused."""
+    """Mean cross entropy over used slots, 0 without any. (B, M, V) and (B, M); -100 is unused."""
     total = F.cross_entropy(
         logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum"
     )
