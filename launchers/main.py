@@ -1,0 +1,148 @@
+"""`espalier launch`: starts a stage on many processes and hands back its exit code.
+
+    espalier launch -n 2 -- distill blocksworld-distill
+    espalier launch --hostfile hosts -- distill efficientvlm-4m engine.config=zero2
+    espalier launch --slurm -n 16 --per-node 8 -- distill efficientvlm-4m
+    espalier launch --mpi -n 4 -- distill efficientvlm-4m
+    espalier launch --array -n 2 -- distill one.yaml two.yaml three.yaml optim.lr=1e-4
+
+Everything behind `--` is handed to `espalier` on every rank. Exit code 75 (stopped by a signal, checkpoint saved)
+is passed through: run the same command again to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from launchers import hostfile, local, mpi, slurm
+
+__all__ = ["add_arguments", "run"]
+
+EXIT_USAGE = 2
+EXIT_STOPPED = 75
+VERBS = ("pretrain", "distill", "finetune", "prune", "trim", "eval", "bench", "doctor")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options and the command to start; the caller owns description and epilog."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--hostfile", metavar="FILE", help="machines, one `host slots=N` a line; needs ssh and pdsh"
+    )
+    where.add_argument(
+        "--slurm", action="store_true", help="srun inside an allocation, sbatch outside"
+    )
+    where.add_argument(
+        "--mpi", action="store_true", help="mpirun on this machine or its allocation"
+    )
+    parser.add_argument(
+        "-n", "--processes", type=_positive, metavar="PROCS", help="processes in all"
+    )
+    parser.add_argument(
+        "--per-node", type=_positive, metavar="K", help="processes per machine (Slurm, hostfile)"
+    )
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, metavar="K", help="start again after a crash"
+    )
+    parser.add_argument(
+        "--array", action="store_true", help="one job per recipe: VERB RECIPE RECIPE ... a.b=c"
+    )
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="one more sbatch option"
+    )
+    parser.add_argument("--port", type=int, help="rendezvous port; default: a free one")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the command and start nothing"
+    )
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="-- VERB ...", help="what every rank runs"
+    )
+
+
+def run(arguments: Sequence[str] | argparse.Namespace) -> int:
+    """Starts what the arguments (of `espalier launch`) ask for and returns its exit code."""
+    try:
+        options = arguments if isinstance(arguments, argparse.Namespace) else _parse(arguments)
+        jobs = _jobs(options)
+        return _start(options, jobs)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"espalier launch: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="espalier launch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    return parser.parse_args(list(arguments))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, not {text}")
+    return value
+
+
+def _jobs(options: argparse.Namespace) -> list[list[str]]:
+    """The commands to start: one, or with --array one per recipe."""
+    command = list(options.command)
+    if command[:1] == ["--"]:
+        command = command[1:]
+    if not command or command[0] not in VERBS:
+        found = f"not {command[0]!r}" if command else "nothing follows"
+        raise ValueError(
+            f"expected a verb ({', '.join(VERBS)}) behind `--`, {found}; see espalier launch --help"
+        )
+    if not options.array:
+        return [command]
+    end = 1
+    while end < len(command) and not command[end].startswith("-") and "=" not in command[end]:
+        end += 1
+    recipes, rest = command[1:end], command[end:]
+    if not recipes:
+        raise ValueError(
+            f"--array needs recipes right behind the verb: -- {command[0]} ONE.yaml TWO.yaml [a.b=c ...]"
+        )
+    return [[command[0], recipe, *rest] for recipe in recipes]
+
+
+def _start(options: argparse.Namespace, jobs: list[list[str]]) -> int:
+    if options.slurm:
+        return slurm.run(options, jobs)
+    worst = 0
+    for number, job in enumerate(jobs):
+        if options.hostfile:
+            plan = hostfile.plan(options, job)
+        elif options.mpi:
+            plan = mpi.plan(options, job)
+        else:
+            plan = local.plan(options, job)
+        if options.dry_run:
+            print(describe(plan))
+            continue
+        if len(jobs) > 1:
+            print(
+                f"espalier launch: job {number + 1} of {len(jobs)}: {shlex.join(job)}",
+                file=sys.stderr,
+            )
+        code = local.supervise(plan, restarts=options.max_restarts)
+        if code == EXIT_STOPPED:
+            return code  # the user wants to stop, not to go on with the next recipe
+        worst = worst or code
+    return worst
+
+
+def describe(plan: local.Plan) -> str:
+    """The plan as a line for a shell."""
+    changes = [
+        f"{key}={value}" for key, value in plan.environment.items() if os.environ.get(key) != value
+    ]
+    return shlex.join(changes + plan.argv)
