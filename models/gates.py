@@ -1,7 +1,8 @@
 """Gates: parameterless slots in layers, and the bank that owns their log-alphas.
 
-Hard-concrete gates (Louizos et al., 1712.01312) as EfficientVLM uses them (2210.07795, section 3.3):
-stretch (-0.1, 1.1), temperature 2/3. Shape legend: G gates of the whole model, R rows (slots), U units of one slot.
+Hard-concrete gates (Louizos et al., 1712.01312) as EfficientVLM uses them (2210.07795,
+section 3.3): stretch (-0.1, 1.1), temperature 2/3.
+Shape legend: G gates of the whole model, R rows (slots), U units of one slot.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ INIT_STD = 0.01
 class GateSlot(nn.Module):
     """Holds the gate values of one layer's heads or FFN units for the current step.
 
-    No parameters, no buffers. `z` is None (open, costs nothing) or a (units,) fp32 tensor written by a `GateBank`.
-    The bank writes it once a step, so that activation recomputation sees the same values.
+    No parameters, no buffers. `z` is None (open, costs nothing) or a (units,) fp32 tensor written
+    by a `GateBank`. The bank writes it once a step, so that activation recomputation sees the same
+    values.
     """
 
     def __init__(self, units: int) -> None:
@@ -42,7 +44,8 @@ class GateSlot(nn.Module):
 
 
 def probability_open(log_alpha: Tensor) -> Tensor:
-    """P(z > 0) of each gate, (G,), kept in [1e-6, 1 - 1e-6] so that no expected size is exactly 0 or full."""
+    """P(z > 0) of each gate, (G,), kept in [1e-6, 1 - 1e-6] so that no expected size is exactly 0
+    or full."""
     return torch.sigmoid(log_alpha - OPEN_SHIFT).clamp(EPSILON, 1.0 - EPSILON)
 
 
@@ -62,7 +65,8 @@ class GateRow:
 
     Attributes:
         name: slot name, "MODALITY.LAYER.KIND" (vision.0.heads, fusion.2.cross_heads, ...).
-        start, stop: the slot's slice.   cost: what removing one unit saves (parameters, or another budget's unit).
+        start, stop: the slot's slice.   cost: what removing one unit saves (parameters, or another
+            budget's unit).
     """
 
     name: str
@@ -109,12 +113,14 @@ def _table(slots: Mapping[str, GateSlot], costs: Mapping[str, float]) -> tuple[G
 class GateBank:
     """All gates of a model: one flat log-alpha vector and two Lagrange multipliers.
 
-    Deliberately not an nn.Module: registered in the engine's model it would be cast to half precision, partitioned,
-    and descended by the model's own optimizer (the multipliers must ascend).
+    Deliberately not an nn.Module: registered in the engine's model it would be cast to half
+    precision, partitioned, and descended by the model's own optimizer (the multipliers must
+    ascend).
 
     Attributes:
         rows: the ordered table slot name -> slice, unit cost.
-        log_alpha: (G,) fp32 parameter.   multipliers: (2,) fp32 parameter, lambda1 and lambda2, from 0.
+        log_alpha: (G,) fp32 parameter.   multipliers: (2,) fp32 parameter, lambda1 and lambda2,
+            from 0.
         costs: (G,) fp64 cost of each gate.   total: prunable total that sparsity is a share of.
     """
 
@@ -129,11 +135,13 @@ class GateBank:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        """`costs`: unit cost by slot name. `total` replaces the sum of all costs where a budget defines its own.
+        """`costs`: unit cost by slot name. `total` replaces the sum of all costs where a budget
+        defines its own.
 
-        Initial values (published): heads N(head_init, 0.01), FFN units N(ln((1 - p) / p), 0.01) with
-        p = ffn_init_drop; drawn on the CPU from `seed`, so equal on every rank and device.
-        Raises ValueError when a slot has no cost, no slot is left, or ffn_init_drop is not in (0, 1).
+        Initial values (published): heads N(head_init, 0.01), FFN units N(ln((1 - p) / p), 0.01)
+        with p = ffn_init_drop; drawn on the CPU from `seed`, so equal on every rank and device.
+        Raises ValueError when a slot has no cost, no slot is left, or ffn_init_drop is not in
+        (0, 1).
         """
         if not 0.0 < ffn_init_drop < 1.0:
             raise ValueError(f"prune.ffn_init_drop must lie between 0 and 1, not {ffn_init_drop}")
@@ -159,7 +167,8 @@ class GateBank:
         costs: Mapping[str, float] | None = None,
         **rest: Any,
     ) -> GateBank:
-        """The bank of a model's slots, restricted to `modalities` (None: all), at exact parameter costs by default.
+        """The bank of a model's slots, restricted to `modalities` (None: all), at exact parameter
+        costs by default.
 
         Raises ValueError when the model has none of the modalities. `rest` goes to the constructor.
         """
@@ -237,7 +246,8 @@ class GateBank:
         return (self.probabilities_open().double() * self.costs).sum()
 
     def expected_sparsity(self, modality: str | None = None) -> Tensor:
-        """Expected share removed of the prunable total (or of one modality's), fp64 scalar with gradient."""
+        """Expected share removed of the prunable total (or of one modality's), fp64 scalar with
+        gradient."""
         return self._sparsity(self.probabilities_open(), modality)
 
     def actual_sparsity(self, z: Tensor, modality: str | None = None) -> Tensor:
@@ -247,9 +257,10 @@ class GateBank:
     def sample(self, generator: torch.Generator) -> Tensor:
         """One hard-concrete sample, (G,), with the graph to `log_alpha`.
 
-        `generator` is a CPU generator keyed by (seed, step): all ranks draw the SAME noise, whatever their device.
-        The published code draws per rank. Shared noise makes a step independent of how many ranks share its batch,
-        keeps one structure per step on all ranks, and survives a resume on another number of ranks.
+        `generator` is a CPU generator keyed by (seed, step): all ranks draw the SAME noise,
+        whatever their device. The published code draws per rank. Shared noise makes a step
+        independent of how many ranks share its batch, keeps one structure per step on all ranks,
+        and survives a resume on another number of ranks.
         """
         u = torch.rand(self.gates, generator=generator, dtype=torch.float64)
         u = u * (1.0 - 2.0 * EPSILON) + EPSILON
@@ -259,7 +270,8 @@ class GateBank:
     def deterministic(self) -> Tensor:
         """Gates without noise, (G,) of exactly 0 or 1, as published.
 
-        Per row the round(units - sum P(open)) gates of lowest log-alpha are 0 (half rounds to even).
+        Per row the round(units - sum P(open)) gates of lowest log-alpha are 0 (half rounds to
+        even).
         """
         grid = self.log_alpha.double()[self._index].masked_fill(self._padding, math.inf)
         open_grid = self.probabilities_open().double()[self._index].masked_fill(self._padding, 0.0)
@@ -274,7 +286,8 @@ class GateBank:
             self._slots[name].z = part.clone().requires_grad_(requires_grad)
 
     def gradient(self) -> Tensor:
-        """(G,) gradient gathered from the slots' leaves; zeros where a gate took no part in the loss."""
+        """(G,) gradient gathered from the slots' leaves; zeros where a gate took no part in the
+        loss."""
         flat = torch.zeros_like(self.log_alpha, requires_grad=False)
         for row in self.rows:
             z = self._slots[row.name].z
@@ -298,7 +311,8 @@ class GateBank:
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Keeps log-alpha in [ln 0.01, ln 100]: beyond, the sigmoid saturates and a gate could never come back."""
+        """Keeps log-alpha in [ln 0.01, ln 100]: beyond, the sigmoid saturates and a gate could
+        never come back."""
         self.log_alpha.clamp_(LOG_ALPHA_LOW, LOG_ALPHA_HIGH)
 
     def state_dict(self) -> dict[str, Any]:
@@ -311,14 +325,16 @@ class GateBank:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError naming the first slot in which the saved table differs from this model's."""
+        """Raises ValueError naming the first slot in which the saved table differs from this
+        model's."""
         saved = [(str(name), int(units), float(cost)) for name, units, cost in state["table"]]
         here = [(row.name, row.units, row.cost) for row in self.rows]
         if saved != here:
             pairs = zip(saved + [None] * len(here), here + [None] * len(saved), strict=True)
             was, now = next((a, b) for a, b in pairs if a != b)
             raise ValueError(
-                f"gates in the checkpoint are of another model: (slot, units, cost) {was} there, {now} here; "
+                f"gates in the checkpoint are of another model: (slot, units, cost) {was} there, "
+                f"{now} here; "
                 "resume with the same model and prune.modalities, or start with --resume none"
             )
         self.log_alpha.copy_(state["log_alpha"])

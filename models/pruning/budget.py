@@ -1,4 +1,4 @@
-"""What is saved by removing a unit, how the target grows, and how a structure is made to meet it."""
+"""What removing a unit saves, how the target grows, how a structure is made to meet it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["Budget", "ParameterBudget", "meet_budget", "target_sparsity"]
 class Budget(Protocol):
     """What a unit of a slot costs. Sparsity is the share of `total` removed.
 
-    Parameters today; multiply-accumulates or measured latency fit as long as a unit's cost does not depend on
-    which other units are kept.
+    Parameters today; multiply-accumulates or measured latency fit as long as a unit's cost does not
+    depend on which other units are kept.
 
     Attributes:
         unit: name of what is counted, for reports.
@@ -48,7 +48,8 @@ class ParameterBudget:
 
 
 def target_sparsity(step: int, sparsity: float, ramp_steps: int) -> float:
-    """Target at a GLOBAL step: linear from 0 over `ramp_steps`, then constant (0 steps: constant from the start).
+    """Target at a GLOBAL step: linear from 0 over `ramp_steps`, then constant (0 steps: constant
+    from the start).
 
     A pure function of the step, so a resume, or a new epoch, cannot restart it.
     """
@@ -59,11 +60,12 @@ def target_sparsity(step: int, sparsity: float, ramp_steps: int) -> float:
 def meet_budget(bank: GateBank, sparsity: float, start: Tensor | None = None) -> Tensor:
     """Hard gates (G,) whose removed cost is as close to `sparsity` * total as flipping allows.
 
-    Ours, not published: deterministic gates round per row and follow the expected sparsity, which oscillates about
-    the target, so they miss it by up to a few points. Starting from `start` (None: `bank.deterministic()`), open
-    gates of lowest log-alpha are closed, or closed ones of highest log-alpha opened, those nearest to the boundary
-    first; a gate that would overshoot by more than half the cheapest unit is passed over. What is left is then
-    at most half the cheapest unit, as long as one of those can still be flipped.
+    Ours, not published: deterministic gates round per row and follow the expected sparsity, which
+    oscillates about the target, so they miss it by up to a few points. Starting from `start` (None:
+    `bank.deterministic()`), open gates of lowest log-alpha are closed, or closed ones of highest
+    log-alpha opened, those nearest to the boundary first; a gate that would overshoot by more than
+    half the cheapest unit is passed over. What is left is then at most half the cheapest unit, as
+    long as one of those can still be flipped.
     """
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"prune.sparsity must lie in [0, 1), not {sparsity}")

@@ -13,8 +13,9 @@ __all__ = ["lagrangian"]
 def lagrangian(sparsity: Tensor, target: float | Tensor, multipliers: Tensor) -> Tensor:
     """Scalar penalty; the gates descend it and the multipliers ascend it.
 
-    sparsity: scalar s, expected share removed.   target: t, same unit.   multipliers: (2,), lambda1 and lambda2.
-    Both multipliers are unconstrained in sign, so the constraint is an equality: too sparse is penalised as well.
+    sparsity: scalar s, expected share removed.   target: t, same unit.   multipliers: (2,), lambda1
+        and lambda2.
+    The multipliers are unconstrained in sign, so this is an equality: too sparse is penalised too.
     """
     gap = sparsity - target
     return multipliers[0] * gap + multipliers[1] * gap.square()

@@ -1,4 +1,4 @@
-"""Trains a GateBank beside the engine: own optimizers in fp32, gradients reduced here, multipliers ascending."""
+"""Trains a GateBank beside the engine: own fp32 optimizers, own gradient reduction."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def _adamw(parameter: Tensor, lr: float, maximize: bool = False) -> AdamW:
 
 
 def _optimizer_state(optimizer: AdamW, parameter: Tensor) -> dict[str, Tensor]:
-    """Moments under their names: torch's own state dict has integer keys, which JSON would turn into strings."""
+    """Moments under their names: torch's own state dict has integer keys, which JSON would turn
+    into strings."""
     return {
         name: value.detach().cpu().clone() for name, value in optimizer.state[parameter].items()
     }
@@ -44,13 +45,13 @@ def _load_optimizer_state(optimizer: AdamW, moments: Mapping[str, Tensor]) -> No
 class GateOptimizer:
     """One step of the gates per optimizer step of the model.
 
-        gates.begin_step(step, generator)      # z into the slots: leaves, shared by all micro-batches
+        gates.begin_step(step, generator)  # leaves into the slots, shared by all micro-batches
         ... forward and backward of every micro-batch ...
         gates.finish_step(step, applied, grad_scale)
 
-    Steps count applied or skipped general steps from 0. From `freeze_step` on the structure is fixed: gates that
-    meet the budget exactly are made once and kept in the state; neither gates nor multipliers move any more (the
-    published code let the Lagrangian push them on without a task signal).
+    Steps count applied or skipped general steps from 0. From `freeze_step` on the structure is
+    fixed: gates that meet the budget exactly are made once and kept in the state; neither gates nor
+    multipliers move any more (the published code let the Lagrangian push them on alone).
     """
 
     def __init__(
@@ -74,9 +75,11 @@ class GateOptimizer:
         return self._frozen is not None
 
     def begin_step(self, step: int, generator: torch.Generator) -> None:
-        """Writes this step's gates into the slots: sampled, or the fixed structure from `freeze_step` on.
+        """Writes this step's gates into the slots: sampled, or the fixed structure from
+        `freeze_step` on.
 
-        `generator`: CPU, keyed by (seed, step), so that every rank draws the same noise (see GateBank.sample).
+        `generator`: CPU, keyed by (seed, step), so that every rank draws the same noise (see
+        GateBank.sample).
         """
         self._step = step
         if self.prune.freeze_step is not None and step >= self.prune.freeze_step:
@@ -89,10 +92,11 @@ class GateOptimizer:
         self.bank.write(self._sampled)
 
     def finish_step(self, step: int, applied: bool, grad_scale: float = 1.0) -> None:
-        """Updates gates and multipliers from the gradients that reached the slots, and clears the slots.
+        """Updates gates and multipliers from the gradients that reached the slots, and clears the
+        slots.
 
-        applied: whether the engine applied its own update; it must be the same on every rank, as the engine's
-            overflow flag is, because only then do all ranks enter the reduction.
+        applied: whether the engine applied its own update; it must be the same on every rank, as
+            the engine's overflow flag is, because only then do all ranks enter the reduction.
         grad_scale: loss scale that is still in the gradients (fp16), by which they are divided.
         """
         sampled, self._sampled = self._sampled, None
@@ -112,15 +116,16 @@ class GateOptimizer:
         self._update(task, target_sparsity(step, self.prune.sparsity, self.prune.ramp_steps))
 
     def _reduced(self, gradient: Tensor) -> Tensor:
-        """Mean over ranks of dL/dz. The noise is shared, so reducing before the sampling graph equals after it."""
+        """Mean over ranks of dL/dz. The noise is shared, so reducing before the sampling graph
+        equals after it."""
         if self.world_size > 1:
             torch.distributed.all_reduce(gradient)
             gradient /= self.world_size
         return gradient
 
     def _update(self, task: Tensor, target: float) -> None:
-        """task: (G,) gradient of the task loss by log-alpha. The constraint does not depend on the data: every rank
-        has the same one, so it is added once, after the reduction."""
+        """task: (G,) gradient of the task loss by log-alpha. The constraint does not depend on the
+        data: every rank has the same one, so it is added once, after the reduction."""
         bank = self.bank
         penalty = lagrangian(bank.expected_sparsity(), target, bank.multipliers)
         constraint, ascent = torch.autograd.grad(penalty, (bank.log_alpha, bank.multipliers))
@@ -139,20 +144,22 @@ class GateOptimizer:
         reached = float(self.bank.actual_sparsity(self.bank.deterministic()))
         if abs(reached - self.prune.sparsity) > _FAR:
             _log.warning(
-                "gates stand at sparsity %.3f, target %.3f: the rest is cut by rank; give the constraint more steps "
-                "(prune.ramp_steps, prune.freeze_step) or a larger prune.lr",
+                "gates stand at sparsity %.3f, target %.3f: the rest is cut by rank; give the "
+                "constraint more steps (prune.ramp_steps, prune.freeze_step) or a larger prune.lr",
                 reached,
                 self.prune.sparsity,
             )
         return meet_budget(self.bank, self.prune.sparsity)
 
     def structure(self) -> dict[str, Tensor]:
-        """Slot name -> (U,) gates of exactly 0 or 1 that meet the budget: what surgery cuts. Does not freeze."""
+        """Slot name -> (U,) gates of exactly 0 or 1 that meet the budget: what surgery cuts. Does
+        not freeze."""
         final = self._final() if self._frozen is None else self._frozen
         return {name: part.clone() for name, part in self.bank.split(final).items()}
 
     def hard_gates(self) -> Tensor:
-        """(G,) gates of 0 or 1 that evaluation uses: the fixed structure, else the deterministic gates."""
+        """(G,) gates of 0 or 1 that evaluation uses: the fixed structure, else the deterministic
+        gates."""
         return self.bank.deterministic() if self._frozen is None else self._frozen
 
     @contextmanager
@@ -203,7 +210,8 @@ class GateOptimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError when the state belongs to other gates. Learning rates stay those of the configuration."""
+        """Raises ValueError when the state belongs to other gates. Learning rates stay those of the
+        configuration."""
         self.bank.load_state_dict(state["bank"])
         _load_optimizer_state(self._gate_optimizer, state["gate_optimizer"])
         _load_optimizer_state(self._multiplier_optimizer, state["multiplier_optimizer"])
