@@ -1,11 +1,14 @@
-"""Index of a tar shard (X.tar.idx) and manifest of a data folder (manifest.json). Needs numpy and xxhash only.
+"""Index of a tar shard (X.tar.idx) and manifest of a data folder (manifest.json). Needs numpy and
+xxhash only.
 
-The index is made by walking tar headers once (ustar, PAX path and size, GNU long names, base-256 sizes, every
-checksum verified). Nothing may end early without an error: a shard cut at any byte, and a header overwritten
-with zeros in the middle, are both detected. Layout of X.tar.idx: 8 magic bytes, u64 length of a JSON header,
-the header, then the arrays named in it, each aligned to 64 bytes, read by memory map.
+The index is made by walking tar headers once (ustar, PAX path and size, GNU long names, base-256
+sizes, every checksum verified). Nothing may end early without an error: a shard cut at any byte,
+and a header overwritten with zeros in the middle, are both detected. Layout of X.tar.idx: 8 magic
+bytes, u64 length of a JSON header, the header, then the arrays named in it, each aligned to 64
+bytes, read by memory map.
 
-The manifest lists the shards of one task and split with sizes and content hashes. Its total hash identifies the
+The manifest lists the shards of one task and split with sizes and content hashes. Its total hash
+identifies the
 data: the order of training is a function of it.
 """
 
@@ -55,7 +58,8 @@ class ShardError(ValueError):
     """A shard, index or manifest that is damaged, missing or out of date."""
 
 
-# -- walking a tar ----------------------------------------------------------------------------------------------
+# -- walking a tar
+# ----------------------------------------------------------------------------------------------
 
 
 def _number(raw: bytes, where: str) -> int:
@@ -182,7 +186,8 @@ def _walk(data: mmap.mmap, path: Path) -> Iterator[_Member]:
         position = start + -(-size // _BLOCK) * _BLOCK
 
 
-# -- the index of one shard -------------------------------------------------------------------------------------
+# -- the index of one shard
+# -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -392,7 +397,8 @@ def load_index(tar_path: Path) -> ShardIndex:
     return ShardIndex(tar_path, tar_bytes, extensions, **arrays)
 
 
-# -- the manifest of a folder -----------------------------------------------------------------------------------
+# -- the manifest of a folder
+# -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

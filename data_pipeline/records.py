@@ -1,7 +1,7 @@
 """What one sample is, per task: typed records parsed from the JSON member of a shard sample.
 
-Validation is by hand, because it runs once per sample: a few isinstance checks cost microseconds. Every error
-names shard, key and field, so that a bad sample can be found and repaired.
+Validation is by hand, because it runs once per sample: a few isinstance checks cost microseconds.
+Every error names shard, key and field, so that a bad sample can be found and repaired.
 """
 
 from __future__ import annotations
@@ -36,7 +36,16 @@ Box = tuple[float, float, float, float]
 
 
 class RecordError(ValueError):
-    """A sample whose JSON does not follow its task's schema."""
+    """A sample whose JSON does not follow its task's schema. `reason`: the message without shard and key."""
+
+    reason: str = ""
+
+    @classmethod
+    def about(cls, shard: str, key: str, reason: str) -> RecordError:
+        """The error of one sample."""
+        error = cls(f"{shard}: sample '{key}': {reason}")
+        error.reason = reason
+        return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +191,7 @@ def _element(data: dict[str, Any], path: str) -> RegionElement:
 def _pretrain(data: dict[str, Any]) -> PretrainRecord:
     elems = _items(data.get("elems", []), "elems", empty=True)
     elements = tuple(_element(item, f"elems[{n}].") for n, item in enumerate(elems))
-    # Regions alone are enough (Visual Genome has no captions), captions alone too (SBU has no regions).
+    # Regions alone are enough (Visual Genome has no captions), and so are captions (SBU).
     captions = _captions(data, empty=True) if elements and "captions" in data else ()
     if not elements:
         captions = _captions(data)
@@ -284,11 +293,10 @@ def parse_record(task: str, raw: bytes, shard: str, key: str) -> Record:
             raise _Field(f"the JSON member must be an object, is {type(data).__name__}")
         return _PARSERS[task](data)
     except _Field as error:
-        raise RecordError(f"{shard}: sample '{key}': {error} (task {task})") from None
+        raise RecordError.about(shard, key, f"{error} (task {task})") from None
     except (ValueError, RecursionError) as error:
-        raise RecordError(
-            f"{shard}: sample '{key}': the JSON member is not valid: {error}"
-        ) from None
+        reason = f"the JSON member is not valid: {error}"
+        raise RecordError.about(shard, key, reason) from None
 
 
 def image_members(task: str) -> tuple[tuple[str, ...], ...]:

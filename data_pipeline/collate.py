@@ -1,0 +1,290 @@
+"""From decoded samples to typed batches. One assembler per task: `draw` makes an item of a sample,
+`collate` a batch.
+
+Whatever is random comes from generators keyed by (seed, stream position), so a batch does not
+depend on rank, worker or restart. Images are written straight into one uint8 buffer; strings are
+tokenised a batch at a time.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.batches import Batch, PretrainBatch, VqaBatch
+from data_pipeline.faults import SkipSample
+from data_pipeline.records import CaptionRecord, PretrainRecord, Question, VqaRecord
+from data_pipeline.regions import RegionRow, choose_rows, count_rows, draw_region_rows, patch_mask
+from data_pipeline.text import IGNORE, MaskedTokens, Masking, TextEncoder
+from data_pipeline.transforms import Augmentation, sample_random
+
+__all__ = ["Assembler", "Item", "PretrainAssembler", "RegionAssembler", "VqaAssembler"]
+
+# Purposes of a sample's generators: what is drawn for one never shifts what is drawn for another.
+_DRAW, _MASK, _ROWS = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A prepared sample. `valid` is False on samples that only fill up an evaluation step."""
+
+    image: np.ndarray
+    key: str
+    position: int
+    valid: bool
+    captions: tuple[str, ...] = ()
+    regions: tuple[RegionRow, ...] = ()
+    questions: tuple[Question, ...] = ()
+
+
+def _images(items: Sequence[Item]) -> torch.Tensor:
+    """(N, 3, H, W) uint8 from (H, W, 3) arrays."""
+    height, width, _ = items[0].image.shape
+    buffer = np.empty((len(items), 3, height, width), np.uint8)
+    for target, item in zip(buffer, items, strict=True):
+        target[...] = item.image.transpose(2, 0, 1)
+    return torch.from_numpy(buffer)
+
+
+@dataclass(frozen=True)
+class Assembler(ABC):
+    """What all tasks share. Picklable; workers each have a copy (with its own token cache).
+
+    Attributes:
+        text: tokeniser of the task's strings.   seed: of the run.   train: draw, or keep
+            everything in order.
+    """
+
+    text: TextEncoder
+    augmentation: Augmentation
+    seed: int
+    train: bool
+
+    def draw(self, sample: dict[str, Any]) -> Item:
+        """Augments the image and picks texts.
+
+        Args:
+            sample: has __key__, __position__, __attempt__, __valid__, `record`, `image` ((H, W, 3)
+                uint8).
+
+        Raises:
+            SkipSample: the sample has nothing usable for the task.
+        """
+        # A substitute draws with other numbers than the sample that it replaces.
+        rng = sample_random(self.seed, sample["__position__"], _DRAW + 16 * sample["__attempt__"])
+        return self._draw(sample, rng)
+
+    @abstractmethod
+    def _draw(self, sample: dict[str, Any], rng: random.Random) -> Item: ...
+
+    @abstractmethod
+    def collate(self, items: Sequence[Item]) -> Batch:
+        """The batch of one micro-batch of items, in their order."""
+
+
+def _mask_rows(
+    masking: Masking, text: TextEncoder, rows: Sequence[list[int]], generators: Sequence
+) -> dict[str, torch.Tensor]:
+    """The five text tensors of a PretrainBatch."""
+    masked: list[MaskedTokens] = [
+        masking(ids, rng) for ids, rng in zip(rows, generators, strict=True)
+    ]
+    ids, mask = text.pad_rows(rows)
+    mlm_ids, _ = text.pad_rows([row.ids for row in masked])
+    positions = np.zeros((len(rows), masking.limit), np.int64)
+    labels = np.full((len(rows), masking.limit), IGNORE, np.int64)
+    for number, row in enumerate(masked):
+        positions[number, : len(row.positions)] = row.positions
+        labels[number, : len(row.labels)] = row.labels
+    return {
+        "text_ids": torch.from_numpy(ids),
+        "text_mask": torch.from_numpy(mask),
+        "mlm_ids": torch.from_numpy(mlm_ids),
+        "mlm_positions": torch.from_numpy(positions),
+        "mlm_labels": torch.from_numpy(labels),
+    }
+
+
+@dataclass(frozen=True)
+class PretrainAssembler(Assembler):
+    """General batches: one caption per image, drawn."""
+
+    masking: Masking
+
+    def _draw(self, sample: dict[str, Any], rng: random.Random) -> Item:
+        record = sample["record"]
+        assert isinstance(record, PretrainRecord | CaptionRecord)
+        if not record.captions:
+            raise SkipSample("missing", "the sample has no caption (field 'captions')")
+        caption = rng.choice(record.captions)
+        image = self.augmentation(sample["image"], rng, (caption,))
+        return Item(
+            image, sample["__key__"], sample["__position__"], sample["__valid__"], (caption,)
+        )
+
+    def collate(self, items: Sequence[Item]) -> PretrainBatch:
+        rows = self.text.encode([item.captions[0] for item in items])
+        generators = [sample_random(self.seed, item.position, _MASK) for item in items]
+        return PretrainBatch(
+            images=_images(items),
+            image_index=torch.arange(len(items)),
+            valid=torch.tensor([item.valid for item in items]),
+            keys=tuple(item.key for item in items),
+            **_mask_rows(self.masking, self.text, rows, generators),
+        )
+
+
+@dataclass(frozen=True)
+class RegionAssembler(Assembler):
+    """Region batches: `rows` rows about the images, always the same number.
+
+    Attributes:
+        rows: rows per micro-batch.   max_regions: rows per image at most.
+        min_fraction: share of a box that must lie in the crop.   patch_size: pixels per patch side.
+    """
+
+    masking: Masking
+    rows: int
+    max_regions: int
+    min_fraction: float
+    patch_size: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.max_regions < 1:
+            raise ValueError("data.region.rows and data.region.max_regions must be at least 1")
+        if not 0 <= self.min_fraction < 1:
+            raise ValueError("data.region.min_fraction_in_crop must lie in [0, 1)")
+        if self.augmentation.size % self.patch_size:
+            raise ValueError(
+                f"image size {self.augmentation.size} is not a multiple of patch size "
+                f"{self.patch_size}"
+            )
+
+    def _draw(self, sample: dict[str, Any], rng: random.Random) -> Item:
+        record = sample["record"]
+        assert isinstance(record, PretrainRecord)
+        image, rows = draw_region_rows(
+            record,
+            sample["image"],
+            rng,
+            self.augmentation,
+            max_regions=self.max_regions,
+            min_fraction=self.min_fraction,
+        )
+        return Item(
+            image,
+            sample["__key__"],
+            sample["__position__"],
+            sample["__valid__"],
+            regions=tuple(rows),
+        )
+
+    def collate(self, items: Sequence[Item]) -> PretrainBatch:
+        groups = [item.regions for item in items]
+        flat = [row for rows in groups for row in rows]
+        image = count_rows(groups)
+        rng = sample_random(self.seed, items[0].position, _ROWS)
+        chosen = choose_rows(len(flat), self.rows, rng)
+        taken = [flat[number] for number in chosen]
+        owners = [items[image[number]] for number in chosen]
+        tokens = self.text.encode([row.text for row in taken])
+        # Copies of a row are masked differently: their number takes part in the key.
+        generators = [
+            sample_random(self.seed, items[0].position, _MASK + 16 * (1 + number))
+            for number in range(len(chosen))
+        ]
+        boxes = np.asarray([row.box for row in taken], np.float32)
+        is_region = np.asarray([row.is_region for row in taken])
+        # A row that fills up evaluation is no new evidence; in training every row counts.
+        first_use = [self.train or place < len(flat) for place in range(len(chosen))]
+        mask = patch_mask(boxes, self.augmentation.size, self.patch_size)
+        return PretrainBatch(
+            images=_images(items),
+            image_index=torch.tensor([image[number] for number in chosen]),
+            valid=torch.tensor(
+                [owner.valid and first for owner, first in zip(owners, first_use, strict=True)]
+            ),
+            keys=tuple(owner.key for owner in owners),
+            region_mask=torch.from_numpy(mask),
+            boxes=torch.from_numpy(boxes),
+            is_region=torch.from_numpy(is_region),
+            **_mask_rows(self.masking, self.text, tokens, generators),
+        )
+
+
+@dataclass(frozen=True)
+class VqaAssembler(Assembler):
+    """Questions about images: `rows_per_image` drawn in training, all of them in evaluation.
+
+    Attributes:
+        answer_text: tokeniser of answers, padded to its own length.
+    """
+
+    answer_text: TextEncoder
+    rows_per_image: int = 1
+    _no_answer: dict[str, float] = field(default_factory=lambda: {"": 0.0}, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.rows_per_image < 1:
+            raise ValueError("data.rows_per_image must be at least 1")
+
+    def _questions(
+        self, record: VqaRecord, rng: random.Random, valid: bool
+    ) -> tuple[Question, ...]:
+        if not self.train:
+            # An image that only fills up the step brings one row, so that no batch is empty.
+            return record.questions if valid else record.questions[:1]
+        usable = [question for question in record.questions if question.answers]
+        if not usable:
+            raise SkipSample("missing", "no question has an answer (field 'answers')")
+        if len(usable) >= self.rows_per_image:
+            return tuple(rng.sample(usable, self.rows_per_image))
+        return tuple(rng.choices(usable, k=self.rows_per_image))
+
+    def _draw(self, sample: dict[str, Any], rng: random.Random) -> Item:
+        record = sample["record"]
+        assert isinstance(record, VqaRecord)
+        questions = self._questions(record, rng, sample["__valid__"])
+        texts = [question.question for question in questions]
+        texts += [answer for question in questions for answer in question.answers]
+        return Item(
+            self.augmentation(sample["image"], rng, texts),
+            sample["__key__"],
+            sample["__position__"],
+            sample["__valid__"],
+            questions=questions,
+        )
+
+    def collate(self, items: Sequence[Item]) -> VqaBatch:
+        rows = [(number, q) for number, item in enumerate(items) for q in item.questions]
+        questions = [question for _, question in rows]
+        question_ids, question_mask = self.text([question.question for question in questions])
+        answers = [
+            (row, answer, weight)
+            for row, question in enumerate(questions)
+            # A question with hidden answers keeps one empty answer of weight 0: there are A >= B
+            # answers.
+            for answer, weight in (question.answers or self._no_answer).items()
+        ]
+        answer_ids, answer_mask = self.answer_text([answer for _, answer, _ in answers])
+        return VqaBatch(
+            images=_images(items),
+            image_index=torch.tensor([image for image, _ in rows]),
+            valid=torch.tensor([items[image].valid for image, _ in rows]),
+            keys=tuple(items[image].key for image, _ in rows),
+            question_ids=torch.from_numpy(question_ids),
+            question_mask=torch.from_numpy(question_mask),
+            answer_ids=torch.from_numpy(answer_ids),
+            answer_mask=torch.from_numpy(answer_mask),
+            answer_row=torch.tensor([row for row, _, _ in answers]),
+            answer_weight=torch.tensor([weight for _, _, weight in answers], dtype=torch.float32),
+            answers=tuple(question.answers for question in questions),
+            questions=tuple(question.question for question in questions),
+            question_types=tuple(question.kind for question in questions),
+        )
