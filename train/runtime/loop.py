@@ -35,7 +35,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """Where the run stands: applied general steps, and text rows seen by all ranks (general and region)."""
+    """Where the run stands: applied general steps, and text rows of general batches on all ranks."""
 
     step: int = 0
     samples: int = 0
@@ -83,6 +83,7 @@ def train(run: Run, resume: str = "auto") -> int:
 
 def _train(run: Run, resume: str, stop: StopFlag) -> int:
     config, progress = run.config, restore(run, resume)
+    run.monitor = run.open_monitor(progress.step)
     general = iter(run.loader)
     region = iter(run.region_loader) if run.region_loader is not None else None
     guard, window, retry = NonFiniteGuard(), _Window(), False
@@ -158,8 +159,8 @@ def _one_step(
     """One optimizer step on `batches`; True when it was applied."""
     context_of = _contexts(run, progress.step, kind)
     result = train_step(run.engine, batches, context_of, run.gates)
-    rows = result.samples * run.dist.world_size
-    progress.samples += rows
+    if kind == "general":
+        progress.samples += result.samples * run.dist.world_size
     window.add(result, "" if kind == "general" else "region_")
     if not result.finite:
         _LOG.warning("%s step %d: total loss is not finite, step skipped", kind, progress.step)
