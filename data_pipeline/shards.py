@@ -1,8 +1,8 @@
-"""Writing tar shards: webdataset's ShardWriter, made atomic, indexed and reproducible byte for byte.
+"""Writing tar shards: webdataset's ShardWriter, made atomic, indexed and reproducible.
 
-A shard is written under a temporary name, flushed to disk, renamed and indexed; a shard with its final
-name is therefore always complete. `mtime=0` keeps the format plain ustar (a float time would add a PAX
-header to every member) and the bytes independent of the clock.
+A shard is written under a temporary name, flushed to disk, renamed and indexed; a shard with its
+final name is therefore always complete. `mtime=0` keeps the format plain ustar (a float time would
+add a PAX header to every member) and the bytes independent of the clock.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def progress(
     size: Callable[[T], int] = lambda _: 1,
     interval: float = 10.0,
 ) -> Iterator[T]:
-    """Pass items on and show how far they are: a bar on a terminal, else a line per interval (stderr)."""
+    """Pass items on and show how far they are (stderr): a bar on a terminal, else lines."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 

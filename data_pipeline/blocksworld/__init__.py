@@ -1,1 +1,1 @@
-"""The embedded data set: pictures of coloured shapes with everything a vision-language task asks about them."""
+"""The embedded data set: pictures of coloured shapes, and all that is asked about them."""

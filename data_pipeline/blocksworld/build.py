@@ -1,8 +1,8 @@
-"""Builds a blocksworld data folder: shards, indexes, manifests, tokenizer, answers and dataset.json.
+"""Builds a blocksworld data folder: shards, manifests, tokenizer, answers and dataset.json.
 
-The work is cut into shards, and a shard depends on (seed, split, number) and the settings alone, so the
-bytes are the same for any number of processes. `dataset.json` is written last: a folder that has one is
-complete.
+The work is cut into shards, and a shard depends on (seed, split, number) and the settings alone,
+so the bytes are the same for any number of processes. `dataset.json` is written last: a folder
+that has one is complete.
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.blocksworld import language
-from data_pipeline.blocksworld.questions import ANSWERS, DEFAULT_MIX, TYPES, normalise, questions
+from data_pipeline.blocksworld.blind import Tally, blind_accuracy
+from data_pipeline.blocksworld.questions import ANSWERS, DEFAULT_MIX, TYPES, questions
 from data_pipeline.blocksworld.render import encode, render
 from data_pipeline.blocksworld.scenes import COLOURS, SHAPES, SPLITS, Scene, draw_scene
 from data_pipeline.blocksworld.vocabulary import vocabulary, write_tokenizer
 from data_pipeline.index import write_manifest
 from data_pipeline.shards import clear_shards, dump_json, progress, write_shard
 
-__all__ = ["GRAMMAR_VERSION", "TASKS", "blind_accuracy", "build_blocksworld", "load_digests"]
+__all__ = ["GRAMMAR_VERSION", "TASKS", "build_blocksworld", "load_digests"]
 
 GRAMMAR_VERSION = 1
 TASKS = ("pretrain", "vqa", "nlvr2", "retrieval", "captioning", "grounding")
-_ENOUGH = 20  # training questions with the same words from which the blind baseline trusts them
 _MAX_ATTEMPTS = 1000
 
 Sample = tuple[str, dict[str, bytes]]
-Tally = Counter[tuple[str, str, str]]  # (type, question, answer)
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Unit:
         return self.stop - self.start
 
 
-# -- one shard ---------------------------------------------------------------------------------------
+# -- one shard -----------------------------------------------------------------------------------
 
 
 def _vqa_json(settings: Settings, scene: Scene, tally: Tally) -> dict[str, Any] | None:
@@ -148,7 +147,7 @@ def _write_unit(settings: Settings, unit: Unit) -> tuple[Unit, Tally]:
     return unit, tally
 
 
-# -- which scenes ------------------------------------------------------------------------------------
+# -- which scenes --------------------------------------------------------------------------------
 
 
 def _digests(seed: int, unit: Unit) -> np.ndarray:
@@ -199,40 +198,7 @@ def _settle(
     return np.sort(digests), attempts
 
 
-# -- the language-only baseline ----------------------------------------------------------------------
-
-
-def blind_accuracy(train: Tally, test: Tally) -> dict[str, float]:
-    """Share of test questions answered from the words alone: {"overall", type: ...}.
-
-    The guess is the most frequent training answer to the same words where they are frequent enough,
-    else to the same template, else to the same type.
-    """
-    tables: dict[tuple[int, str], Counter[str]] = {}
-
-    def levels(kind: str, question: str) -> tuple[tuple[int, str], ...]:
-        return (0, question), (1, normalise(question)), (2, kind)
-
-    for (kind, question, answer), times in train.items():
-        for level in levels(kind, question):
-            tables.setdefault(level, Counter())[answer] += times
-    # Ties go to the smallest answer, so that the order of counting does not matter.
-    guesses = {
-        level: min(table, key=lambda answer: (-table[answer], answer))
-        for level, table in tables.items()
-        if level[0] > 0 or table.total() >= _ENOUGH
-    }
-    asked: Counter[str] = Counter()
-    right: Counter[str] = Counter()
-    for (kind, question, answer), times in test.items():
-        guess = next((guesses[level] for level in levels(kind, question) if level in guesses), "")
-        for name in ("overall", kind):
-            asked[name] += times
-            right[name] += times * (guess == answer)
-    return {name: right[name] / asked[name] for name in ("overall", *TYPES) if asked[name]}
-
-
-# -- the whole folder --------------------------------------------------------------------------------
+# -- the whole folder ----------------------------------------------------------------------------
 
 
 def _units(split: str, scenes: int, per_shard: int) -> list[Unit]:
@@ -242,7 +208,7 @@ def _units(split: str, scenes: int, per_shard: int) -> list[Unit]:
 
 @contextmanager
 def _executor(processes: int) -> Iterator[Executor | None]:
-    """A pool that is forked from a clean server (threads of the caller cannot hang it); None for one."""
+    """A pool forked from a clean server (the caller's threads cannot hang it); None for one."""
     if processes <= 1:
         yield None
         return
@@ -307,7 +273,8 @@ def build_blocksworld(
     """Write the data set to `out` and return the content of its dataset.json.
 
     Args:
-        scenes: training scenes.   val, test: scenes of those splits (default scenes / 20, at least 200).
+        scenes: training scenes.
+        val, test: scenes of those splits (default scenes / 20, at least 200).
         tasks: some of TASKS.      kind: "jpg" or "png".
         exclude: digest files (scenes-SPLIT.npy) of scenes that must not occur here.
         mix: share of each question type (default DEFAULT_MIX).

@@ -1,7 +1,8 @@
 """What is said about a scene: captions, region descriptions, statements and referring expressions.
 
-All words are lower case, without punctuation; numbers are digits. Every phrase is built from the word
-lists and templates of this file and of `questions.py`; `vocabulary.py` collects its words from there.
+All words are lower case, without punctuation; numbers are digits. Every phrase is built from the
+word lists and templates of this file and of `questions.py`; `vocabulary.py` collects its words
+from there.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def captions(scene: Scene, how_many: int = 4) -> list[str]:
 
 
 def retrieval_captions(scene: Scene) -> list[str]:
-    """Captions that name all attributes of all things and their order: they identify the picture."""
+    """Captions naming all attributes of all things and their order: they identify the picture."""
     across = sorted(scene.things, key=lambda thing: (thing.x, thing.y))
     down = sorted(scene.things, key=lambda thing: (thing.y, thing.x))
     if len(across) == 1:
@@ -165,7 +166,7 @@ def _union(one: Sequence[int], other: Sequence[int]) -> list[int]:
 
 
 def elems(scene: Scene, image: int) -> list[dict]:
-    """Region descriptions: every thing (caption and attributes) and one pair with its common box."""
+    """Region descriptions: every thing (caption, attributes) and a pair with its common box."""
     draw = Draw("elems", scene.key)
     out: list[dict] = []
     for thing in scene.things:
@@ -198,7 +199,7 @@ def expressions(scene: Scene, image: int) -> list[dict]:
 
 
 def clearly_related(things: Sequence[Thing], relation: str, anchor: Thing) -> list[Thing] | None:
-    """The things in the relation to `anchor`; None where one is on that side but too near to tell."""
+    """The things in the relation to `anchor`; None where one is on that side but too near."""
     axis = 3 if relation in ("left of", "right of") else 4
     sign = -1 if relation in ("left of", "above") else 1
     clear = [thing for thing in things if holds(relation, thing, anchor)]
@@ -244,7 +245,7 @@ def _looks(parts: str) -> list[Look]:
 
 
 def statements(left: Scene, right: Scene, how_many: int = 4) -> list[dict]:
-    """Statements about two pictures. The truth is drawn before the words, so labels are balanced."""
+    """Statements about two pictures; the truth is drawn first, so labels are balanced."""
     draw = Draw("statements", left.key, right.key)
     out: dict[str, bool] = {}
     start = draw.below(len(_STATEMENTS))

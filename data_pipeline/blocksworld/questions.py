@@ -1,7 +1,7 @@
 """Questions about one scene, with answers balanced so that the question alone helps little.
 
-For yes/no questions the wording is chosen first and then the truth by a fair coin, and a wording is used
-only where the scene allows both; mirrored wordings ("left of" / "right of") carry both answers equally.
+For yes/no questions the truth is a fair coin, and a wording is used only where the scene allows
+both answers; mirrored wordings ("left of" / "right of") carry both answers equally often.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _count(draw: Draw, things: Things) -> Asked:
 
 
 def _existence(draw: Draw, things: Things) -> Asked:
-    """Yes: an attribute pair of a thing. No: a pair whose parts may well be there, but not together."""
+    """Yes: the attributes of a thing. No: attributes that may be there, but not together."""
     truth = draw.coin()
     if draw.coin(0.25):
         pool = [Look(colour=c) for c in COLOURS] if draw.coin() else [Look(shape=s) for s in SHAPES]

@@ -1,7 +1,7 @@
 """Pictures of scenes: antialiased shapes on a dark, slightly tinted background with light noise.
 
-Coverage masks are supersampled 8 x 8 and kept: a shape has few different sub-pixel positions, because
-positions are whole units. A thing's box is the extent of its mask, so boxes are exact in pixels.
+Coverage masks are supersampled 8 x 8 and kept: a shape has few different sub-pixel positions,
+because positions are whole units. A thing's box is the extent of its mask: exact in pixels.
 """
 
 from __future__ import annotations

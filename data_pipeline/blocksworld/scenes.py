@@ -1,9 +1,9 @@
 """Scene graphs: one to six coloured shapes on a canvas of 96 x 96 units.
 
-A scene is drawn from (seed, split, index, attempt) alone, so any process can redraw any scene. Its
-digest is a hash of the canonical graph (things sorted, position included, background and noise not).
-The digest also decides the split it may appear in, so the splits are disjoint for all seeds at once:
-a test scene of one data folder is never a training scene of another.
+A scene is drawn from (seed, split, index, attempt) alone, so any process can redraw any scene.
+Its digest is a hash of the canonical graph (things sorted, with positions; background and noise
+left out). The digest also decides the split it may appear in, so the splits are disjoint for all
+seeds at once: a test scene of one data folder is never a training scene of another.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ _TRIES = 12
 _RESTARTS = 6
 # One thing is an easy but poor picture, six a crowded one: most scenes lie between.
 _COUNT_WEIGHTS = (5, 15, 25, 25, 18, 12)
-_COPY = 0.3  # share of things that take colour or shape from an earlier one, so that counts above 1 occur
+# Share of things that take colour or shape from an earlier one, so that counts above 1 occur.
+_COPY = 0.3
 _LARGE = 0.45
 
 T = TypeVar("T")
@@ -102,7 +103,7 @@ class Draw:
 
 
 class Thing(NamedTuple):
-    """One shape. `x`, `y` are its box's centre in units; the box is a square of DIAMETER[size] units."""
+    """One shape. `x`, `y`: its centre in units; its box is a square of DIAMETER[size] units."""
 
     size: str
     colour: str
@@ -125,7 +126,7 @@ def box_units(thing: Thing) -> tuple[int, int, int, int]:
 
 
 def scene_digest(things: Sequence[Thing]) -> int:
-    """64-bit hash of the canonical graph; the order in which the things are listed does not matter."""
+    """64-bit hash of the canonical graph; the order of the things does not matter."""
     text = repr(sorted(tuple(thing) for thing in things)).encode()
     return int.from_bytes(
         hashlib.blake2b(text, digest_size=8, person=b"scene-v1").digest(), "little"

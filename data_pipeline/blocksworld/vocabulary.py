@@ -41,7 +41,7 @@ def vocabulary() -> list[str]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write tokenizer.json, vocab.txt and tokenizer_config.json; transformers' AutoTokenizer reads them."""
+    """Write tokenizer.json, vocab.txt and tokenizer_config.json for transformers' AutoTokenizer."""
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import WordPiece
 

@@ -1,0 +1,230 @@
+"""The verbs of `espalier data`: blocksworld, build, index, verify, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_parsers", "run"]
+
+_ALL_TASKS = "pretrain,vqa,nlvr2,retrieval,captioning,grounding"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _processes() -> int:
+    return max(1, len(os.sched_getaffinity(0)))
+
+
+def _blocksworld_parser(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        "blocksworld",
+        help="write the embedded data set: shards, indexes, manifests and tokenizer",
+        description="Pictures of coloured shapes with captions, regions, questions and statements.",
+        epilog="example: espalier data blocksworld --out data/blocks --scenes 20000 --seed 1",
+    )
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR")
+    verb.add_argument("--scenes", type=int, default=20000, metavar="N", help="training scenes")
+    small = "(default: scenes / 20, at least 200)"
+    verb.add_argument("--val", type=int, metavar="N", help=f"validation scenes {small}")
+    verb.add_argument("--test", type=int, metavar="N", help=f"test scenes {small}")
+    verb.add_argument("--image-size", type=int, default=64, metavar="S", help="pixels a side")
+    verb.add_argument("--seed", type=int, default=0, metavar="K")
+    verb.add_argument(
+        "--tasks", type=_names, default=_names(_ALL_TASKS), help=f"default: {_ALL_TASKS}"
+    )
+    verb.add_argument("--format", choices=("jpg", "png"), default="jpg")
+    verb.add_argument("--processes", type=int, default=_processes(), metavar="P")
+    verb.add_argument(
+        "--exclude",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="scenes-SPLIT.npy of another data folder: leave its scenes out (may be repeated)",
+    )
+
+
+def _build_parser(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        "build",
+        help="import a published data set",
+        epilog="example: espalier data build coco-captions --captions captions_train2017.json "
+        "--images train2017 --out data/coco",
+    )
+    sources = verb.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    coco = sources.add_parser("coco-captions", help="official COCO captions JSON and its images")
+    coco.add_argument("--captions", type=Path, required=True, metavar="FILE")
+    coco.add_argument("--images", type=Path, required=True, metavar="DIR")
+    coco.add_argument("--out", type=Path, required=True, metavar="DIR")
+    coco.add_argument("--tasks", type=_names, default=("pretrain",), help="default: pretrain")
+    coco.add_argument("--split", default="train")
+    coco.add_argument(
+        "--max-side", type=int, default=0, metavar="PX", help="scale larger images down"
+    )
+    coco.add_argument("--per-shard", type=int, default=1000, metavar="N")
+    coco.add_argument("--skip-bad", action="store_true", help="leave out missing or broken images")
+
+
+def add_parsers(subparsers: Any) -> None:
+    """Add `data` and its verbs to the top parser's subparsers (or the verbs to a `data` parser)."""
+    if isinstance(subparsers, argparse.ArgumentParser):
+        parser = subparsers
+    else:
+        parser = subparsers.add_parser(
+            "data",
+            help="make, index, check and look at training data",
+            epilog="example: espalier data verify data/blocks",
+        )
+    verbs = parser.add_subparsers(dest="data_verb", required=True, metavar="VERB")
+    _blocksworld_parser(verbs)
+    _build_parser(verbs)
+    index = verbs.add_parser(
+        "index",
+        help="(re)build the indexes and manifests of existing shards",
+        epilog="example: espalier data index data/blocks/vqa/train",
+    )
+    index.add_argument("folder", type=Path, metavar="DIR")
+    index.add_argument(
+        "--task", help="task of shards that have no manifest (default: from the path)"
+    )
+    index.add_argument("--split", help="split of such shards (default: from the path)")
+    verify = verbs.add_parser(
+        "verify",
+        help="check every sample; exit 1 and a list when something is wrong",
+        epilog="example: espalier data verify data/blocks --json",
+    )
+    verify.add_argument("folder", type=Path, metavar="DIR")
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect = verbs.add_parser(
+        "inspect",
+        help="counts, sizes, keys, and a contact sheet",
+        epilog="example: espalier data inspect data/blocks --show 12",
+    )
+    inspect.add_argument("folder", type=Path, metavar="DIR")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.add_argument("--show", type=int, default=0, metavar="K", help="samples in the sheet")
+    inspect.add_argument(
+        "--png", type=Path, help="the sheet's file (default: DIR/contact_sheet.png)"
+    )
+
+
+def _run_blocksworld(args: argparse.Namespace) -> int:
+    from data_pipeline.blocksworld.build import build_blocksworld
+
+    content = build_blocksworld(
+        args.out,
+        args.scenes,
+        val=args.val,
+        test=args.test,
+        image_size=args.image_size,
+        seed=args.seed,
+        tasks=args.tasks,
+        kind=args.format,
+        processes=args.processes,
+        exclude=args.exclude,
+    )
+    scenes = ", ".join(f"{count} {split}" for split, count in content["scenes"].items())
+    print(f"{args.out}: {scenes} scenes at {args.image_size} px for {', '.join(content['tasks'])}")
+    if "blind_accuracy" in content:
+        print(f"language-only baseline: {content['blind_accuracy']:.1%} of the test questions")
+    return 0
+
+
+def _run_build(args: argparse.Namespace) -> int:
+    from data_pipeline.importers.coco import build_coco_captions
+
+    counts = build_coco_captions(
+        args.captions,
+        args.images,
+        args.out,
+        tasks=args.tasks,
+        split=args.split,
+        max_side=args.max_side,
+        per_shard=args.per_shard,
+        skip_bad=args.skip_bad,
+    )
+    print(f"{args.out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    return 0
+
+
+def _run_index(args: argparse.Namespace) -> int:
+    from data_pipeline.index import MANIFEST_NAME, build_index, write_manifest
+    from data_pipeline.records import TASKS
+    from data_pipeline.verify import data_folders
+
+    for folder in data_folders(args.folder):
+        known = _old_manifest(folder / MANIFEST_NAME)
+        full = folder.resolve()
+        task = args.task or known.pop("task", full.parent.name)
+        split = args.split or known.pop("split", full.name)
+        if task not in TASKS:
+            raise ValueError(f"{folder}: task {task!r} is unknown; give --task {'|'.join(TASKS)}")
+        for shard in sorted(folder.glob("*.tar")):
+            build_index(shard)
+        content = write_manifest(folder, task, split, known)
+        print(f"{folder}: {content['samples']} samples in {len(content['shards'])} shards")
+    return 0
+
+
+def _old_manifest(path: Path) -> dict[str, Any]:
+    """Task, split and additional values of a manifest about to be replaced; {} if unreadable."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    renewed = ("version", "samples", "shards", "hash")
+    return (
+        {k: v for k, v in content.items() if k not in renewed} if isinstance(content, dict) else {}
+    )
+
+
+def _run_verify(args: argparse.Namespace) -> int:
+    from data_pipeline.verify import verify
+
+    counts, problems = verify(args.folder)
+    if args.json:
+        found = [problem.as_dict() for problem in problems]
+        print(json.dumps({**counts, "problems": found}, indent=1))
+    else:
+        for problem in problems:
+            print(problem.line())
+        verdict = f"{len(problems)} problems" if problems else "all is well"
+        print(f"{counts['samples']} samples in {counts['shards']} shards: {verdict}")
+    return 1 if problems else 0
+
+
+def _run_inspect(args: argparse.Namespace) -> int:
+    from data_pipeline.inspection import contact_sheet, describe, summary_lines
+
+    rows = describe(args.folder)
+    sheet = None
+    if args.show > 0:
+        sheet = contact_sheet(args.folder, args.show, args.png or args.folder / "contact_sheet.png")
+    if args.json:
+        print(json.dumps({"folders": rows, "sheet": sheet and str(sheet)}, indent=1))
+        return 0
+    print("\n".join(summary_lines(rows)))
+    if sheet:
+        print(f"contact sheet: {sheet}", file=sys.stderr)
+    return 0
+
+
+_RUN = {
+    "blocksworld": _run_blocksworld,
+    "build": _run_build,
+    "index": _run_index,
+    "verify": _run_verify,
+    "inspect": _run_inspect,
+}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen verb: 0 done, 1 problems found. Bad input: ValueError, FileNotFoundError."""
+    return _RUN[args.data_verb](args)
