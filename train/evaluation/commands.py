@@ -8,7 +8,6 @@ import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ __all__ = [
     "predict",
     "questions_of",
     "run",
+    "vqa_loader",
 ]
 
 _EXAMPLES = {
@@ -187,9 +187,11 @@ def blind_scores(
     train: Path, test: Path, limit: int = 0, annotators: int | None = None
 ) -> dict[str, float]:
     """The language-only baseline fitted on split folder `train` and scored on `test`."""
+    from data_pipeline.blocksworld.questions import normalise
     from train.evaluation.vqa import BlindBaseline
 
-    baseline = BlindBaseline()
+    # On other data sets these templates only merge colours, shapes and sizes.
+    baseline = BlindBaseline(normalise)
     for question, kind, answers in questions_of(train):
         baseline.add(question, kind, answers)
     scores = baseline.score(questions_of(test, limit), annotators)
@@ -220,7 +222,7 @@ def evaluate_model(
     _require(model, "vqa", folder)
     tokenizer = _tokenizer(folder, where)
     task = VqaEvaluator(AnswerList.load(where, tokenizer).to(device), top_k, published, annotators)
-    loader = _loader(where, tokenizer, model, batch, max_tokens, limit)
+    loader = vqa_loader(where, tokenizer, model, batch, max_tokens, limit)
     result = evaluate(model, task, loader, progress=True)
     if blind:
         train = find_split(where.parent.parent, "vqa", "train")
@@ -228,7 +230,7 @@ def evaluate_model(
     return result
 
 
-def _loader(
+def vqa_loader(
     folder: Path, tokenizer: Any, model: XVLM, batch: int, max_tokens: int, limit: int
 ) -> Any:
     from data_pipeline.loader import build_loader
@@ -239,24 +241,10 @@ def _loader(
         folder,
         tokenizer=tokenizer,
         batch=batch,
-        rank=0,
-        world_size=1,
-        seed=0,
         train=False,
         image_size=vision.image_size,
         patch_size=vision.patch_size,
         max_tokens=max_tokens,
-        max_answer_tokens=8,
-        mlm_probability=0.0,
-        mlm_max=1,
-        rows_per_image=0,
-        augment="none",
-        workers=0,
-        block=256,
-        window_blocks=1,
-        faults="raise",
-        max_fault_rate=0.0,
-        region=SimpleNamespace(images=0, rows=0, max_regions=0, min_fraction_in_crop=0.5),
         limit=limit,
     )
 
@@ -423,16 +411,16 @@ def predict(
     """vqa: {"answer"}; retrieval: {"score"} in 0..1; grounding: {"box": [x, y, w, h]} in pixels of the file."""
     import torch
 
-    from data_pipeline.text import load_tokenizer
+    from data_pipeline.text import clean_text, load_tokenizer
     from models import from_pretrained
 
     model = from_pretrained(folder, device=device)
     _require(model, "vqa" if task == "vqa" else "pretrain", folder)
     tokenizer = load_tokenizer(folder)
     pixels, width, height = _read_image(image, model.config.vision.image_size)
-    encoded = tokenizer(
-        [_clean(text)], return_tensors="pt", truncation=True, max_length=_text_limit(model)
-    )
+    limit = model.config.text.max_positions
+    cleaned = clean_text(text, limit)
+    encoded = tokenizer([cleaned], return_tensors="pt", truncation=True, max_length=limit)
     ids, mask = encoded["input_ids"].to(device), encoded["attention_mask"].bool().to(device)
     with torch.inference_mode():
         if task == "vqa":
@@ -443,17 +431,6 @@ def predict(
             return {"score": float(model.match_logits(fused).float().softmax(-1)[0, 1])}
         cx, cy, w, h = model.predict_box(fused)[0].tolist()
         return {"box": [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]}
-
-
-def _text_limit(model: XVLM) -> int:
-    return min(model.config.text.max_positions, 512)
-
-
-def _clean(text: str) -> str:
-    """The text as training saw it."""
-    from data_pipeline.text import clean_text
-
-    return clean_text(text)
 
 
 def _answers(folder: Path, source: Path | None, tokenizer: Any) -> AnswerList:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,34 +212,45 @@ class VqaEvaluator:
         )
 
 
+_ENOUGH = 20.0  # training questions with the same words from which their majority is trusted
+
+
 @dataclass
 class BlindBaseline:
     """The majority answer of each question, learned from the training split without any picture.
 
-    A question that was not seen gets the majority answer of its type, then of all questions. An accuracy
+    The guess is the most frequent training answer to the same words where they are frequent enough, else to
+    the same template, else to the same type, else of all (as the data set's builder counts it). An accuracy
     means little without this number beside it.
+
+    Attributes:
+        template: question -> its template; None treats each wording as its own.
     """
 
-    by_question: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    by_type: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    overall: Counter[str] = field(default_factory=Counter)
+    template: Callable[[str], str] | None = None
+    tables: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
+
+    def _levels(self, question: str, kind: str) -> tuple[tuple[str, str], ...]:
+        words = normalise(question)
+        template = words if self.template is None else self.template(question)
+        return ("words", words), ("template", template), ("type", kind), ("all", "")
 
     def add(self, question: str, kind: str, answers: Mapping[str, float]) -> None:
         """Count one training question."""
-        for answer, weight in answers.items():
-            self.by_question[normalise(question)][answer] += weight  # type: ignore[assignment]
-            self.by_type[kind][answer] += weight  # type: ignore[assignment]
-            self.overall[answer] += weight  # type: ignore[assignment]
+        for level in self._levels(question, kind):
+            table = self.tables.setdefault(level, defaultdict(float))
+            for answer, weight in answers.items():
+                table[answer] += weight
 
     def predict(self, question: str, kind: str) -> str:
-        """The most frequent answer; ties go to the alphabetically first. Raises ValueError before any `add`."""
-        for counts in (
-            self.by_question.get(normalise(question)),
-            self.by_type.get(kind),
-            self.overall,
-        ):
-            if counts:
-                return min(counts, key=lambda answer: (-counts[answer], answer))
+        """The most frequent answer; ties go to the alphabetically first.
+
+        Raises ValueError before any `add`.
+        """
+        for level in self._levels(question, kind):
+            table = self.tables.get(level)
+            if table and (level[0] != "words" or sum(table.values()) >= _ENOUGH):
+                return min(table, key=lambda answer: (-table[answer], answer))
         raise ValueError("the blind baseline has seen no training question")
 
     def score(
