@@ -1,4 +1,4 @@
-"""First weights of a model from those of another: student from teacher, task form from pre-training.
+"""First weights of a model from another: student from teacher, task form from pre-training.
 
 Source: EfficientVLM (2210.07795): the student takes every second layer of the teacher, in each
 stack; the answer decoder starts from the fusion layers and the masked-token head.

@@ -91,7 +91,7 @@ def load(
         layer_map: as in `from_bert`; None spreads our layers over BERT's (1, 3, 5, ... for half).
 
     Raises:
-        ValueError: naming keys that are missing (unless allowed by prefix), misshapen or unexpected.
+        ValueError: naming keys that are missing (unless allowed), misshapen or unexpected.
     """
     depth = 1 + max(
         (int(m[1]) for key in state if (m := re.match(r"(?:bert\.)?encoder\.layer\.(\d+)\.", key))),

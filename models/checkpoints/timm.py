@@ -124,7 +124,7 @@ def load(
     """Loads timm weights into the vision encoder, resampling positions to its image size.
 
     Raises:
-        ValueError: naming keys that are missing (unless allowed by prefix), misshapen or unexpected.
+        ValueError: naming keys that are missing (unless allowed), misshapen or unexpected.
     """
     converted, report = from_timm(state)
     key, config = "embeddings.position", encoder.config

@@ -248,7 +248,7 @@ def load(
     """Loads published weights into a model; positions are resampled to the model's image size.
 
     Raises:
-        ValueError: naming keys that are missing (unless allowed by prefix), misshapen or unexpected.
+        ValueError: naming keys that are missing (unless allowed), misshapen or unexpected.
     """
     converted, report = from_published(state)
     key = "vision.embeddings.position"

@@ -1,0 +1,62 @@
+"""ModelConfig: JSON round trip, forms, and errors that name the key."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from models import presets
+from models.config import ModelConfig
+
+
+@pytest.mark.parametrize("name", presets.names())
+@pytest.mark.parametrize("form", ["pretrain", "vqa"])
+def test_json_round_trip(name, form, tmp_path):
+    config = presets.config(name, form=form)
+    config.save(tmp_path / "config.json")
+    assert ModelConfig.load(tmp_path / "config.json") == config
+
+
+def test_an_unknown_key_is_named(tmp_path):
+    values = presets.config("blocksworld-student").to_dict()
+    values["vision"]["widht"] = 3
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"config\.json: vision\.widht"):
+        ModelConfig.load(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"vision.image_size": 50}, "multiple of patch_size"),
+        ({"vision.heads": (4,)}, "one entry per layer"),
+        ({"text.cross_heads": (4, 4)}, "one per fusion layer"),
+        ({"decoder": {}}, 'form "vqa"'),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(override, message):
+    with pytest.raises(ValueError, match=message):
+        presets.config("blocksworld-student", **override)
+
+
+def test_the_decoder_takes_the_widths_of_the_fusion_layers():
+    base = presets.config(
+        "blocksworld-teacher",
+        text={"heads": (4, 4, 3, 2), "cross_heads": (1, 0), "ffn": (512, 512, 100, 0)},
+    )
+    decoder = base.as_form("vqa").decoder
+    assert decoder is not None
+    assert (decoder.heads, decoder.cross_heads, decoder.ffn) == ((3, 2), (1, 0), (100, 0))
+    assert base.as_form("vqa").as_form("pretrain") == base
+    with pytest.raises(ValueError, match="unequal widths"):
+        base.as_form("vqa", decoder_layers=3)
+
+
+def test_forms_and_image_size():
+    config = presets.config("blocksworld-teacher").as_form("vqa", decoder_layers=5, image_size=64)
+    assert config.decoder is not None and config.decoder.layers == 5
+    assert config.vision.tokens == 65
+    with pytest.raises(ValueError, match="form 'nlvr' is unknown"):
+        config.as_form("nlvr")
