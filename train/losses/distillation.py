@@ -1,6 +1,7 @@
 """Distillation losses: layer maps, hidden states, logits; attention is in `attention.py`.
 
-Pure functions, float32 inside. Shape legend: B rows, N tokens, D width. The teacher gets no gradient.
+Pure functions, float32 inside. The teacher gets no gradient.
+Shape legend: B rows, N tokens, D width.
 """
 
 from __future__ import annotations

@@ -1,0 +1,218 @@
+"""Task losses: values by hand, gradients, and the corners (no masked slot, region row, partner)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.losses.vl import (
+    Similarities,
+    answer_loss,
+    box_losses,
+    contrastive_loss,
+    generalized_iou,
+    hard_negatives,
+    matching_labels,
+    mlm_loss,
+    negative_weights,
+    same_pairs,
+)
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _features(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(2, rows, 8, generator=_generator(seed))
+    image, text = F.normalize(x, dim=-1).unbind(0)
+    return image, text
+
+
+def test_contrastive_is_symmetric_cross_entropy() -> None:
+    image, text = _features(5)
+    temperature = torch.tensor([0.2], requires_grad=True)
+    loss, similarities = contrastive_loss(image, text, temperature)
+    logits = image @ text.t() / 0.2
+    labels = torch.arange(5)
+    wanted = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(similarities.image_to_text, logits)
+    loss.backward()
+    assert temperature.grad is not None and temperature.grad.shape == (1,)
+
+
+def test_published_scaling_changes_nothing_on_one_rank() -> None:
+    image, text = _features(4)
+    grads = []
+    for published in (False, True):
+        leaf = image.clone().requires_grad_()
+        contrastive_loss(leaf, text, 0.1, published_scaling=published)[0].backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_contrastive_of_half_features_is_computed_in_float32() -> None:
+    image, text = _features(4)
+    loss, _ = contrastive_loss(image.half(), text.half(), torch.tensor([0.01], dtype=torch.half))
+    assert loss.dtype == torch.float32 and torch.isfinite(loss)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(2, 9), seed=st.integers(0, 10_000), local=st.booleans())
+def test_negatives_are_never_the_own_or_an_equal_pair(rows: int, seed: int, local: bool) -> None:
+    image, text = _features(rows, seed)
+    _, similarities = contrastive_loss(image, text, 0.05)
+    groups = torch.randint(0, rows, (rows,), generator=_generator(seed))
+    groups[0], groups[1] = -1, -2  # so that every row has a partner of another group
+    same = same_pairs(groups)
+    drawn = hard_negatives(similarities, _generator(seed), same=same, local=local)
+    for index in drawn:
+        assert ((index >= 0) & (index < rows)).all()
+        assert not same[torch.arange(rows), index].any()
+
+
+def test_negatives_follow_their_weights() -> None:
+    image, text = _features(4)
+    _, similarities = contrastive_loss(image, text, 0.5)
+    generator, counts = _generator(), torch.zeros(4, 4)
+    draws = 4000
+    for _ in range(draws):
+        index = hard_negatives(similarities, generator).text_for_image
+        counts[torch.arange(4), index] += 1
+    weights = negative_weights(similarities.image_to_text, torch.arange(4)).float()
+    wanted = weights / weights.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(counts / draws, wanted, atol=0.03, rtol=0)
+    assert (counts.diagonal() == 0).all()
+
+
+def test_negatives_are_a_function_of_the_generator() -> None:
+    _, similarities = contrastive_loss(*_features(16), 0.5)
+    first, second = (hard_negatives(similarities, _generator(3)) for _ in range(2))
+    other = hard_negatives(similarities, _generator(4))
+    assert torch.equal(first.image_for_text, second.image_for_text)
+    assert torch.equal(first.text_for_image, second.text_for_image)
+    assert not torch.equal(first.text_for_image, other.text_for_image)
+    assert not torch.equal(first.text_for_image, first.image_for_text)
+
+
+def test_rows_of_the_global_batch_draw_what_one_rank_would() -> None:
+    """The two halves of a batch, as two ranks would hold them, draw what the whole batch draws."""
+    _, whole = contrastive_loss(*_features(8), 0.3)
+    wanted = hard_negatives(whole, _generator(5))
+    for half in (slice(0, 4), slice(4, 8)):
+        own = Similarities(whole.image_to_text[half], whole.text_to_image[half])
+        drawn = hard_negatives(own, _generator(5), own_index=torch.arange(8)[half])
+        assert torch.equal(drawn.text_for_image, wanted.text_for_image[half])
+        assert torch.equal(drawn.image_for_text, wanted.image_for_text[half])
+
+
+def test_local_negatives_stay_on_the_own_rows() -> None:
+    _, whole = contrastive_loss(*_features(8), 0.3)
+    own = Similarities(whole.image_to_text[4:], whole.text_to_image[4:])
+    for index in hard_negatives(own, _generator(), own_index=torch.arange(4, 8), local=True):
+        assert (index >= 4).all() and not (index == torch.arange(4, 8)).any()
+
+
+def test_a_row_whose_partners_are_all_equal_still_gets_another_row() -> None:
+    _, similarities = contrastive_loss(*_features(3), 0.3)
+    drawn = hard_negatives(similarities, _generator(), same=torch.ones(3, 3, dtype=torch.bool))
+    for index in drawn:
+        assert not (index == torch.arange(3)).any()
+
+
+def test_one_row_has_no_negative() -> None:
+    _, similarities = contrastive_loss(*_features(1), 0.3)
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        hard_negatives(similarities, _generator())
+
+
+def test_matching_labels() -> None:
+    assert matching_labels(2).tolist() == [1, 1, 0, 0, 0, 0]
+
+
+def test_mlm_ignores_unused_slots_and_is_zero_without_any() -> None:
+    logits = torch.randn(2, 3, 7, generator=_generator(), requires_grad=True)
+    labels = torch.tensor([[1, -100, -100], [5, 2, -100]])
+    rows = logits.flatten(0, 1)[[0, 3, 4]]
+    torch.testing.assert_close(
+        mlm_loss(logits, labels), F.cross_entropy(rows, torch.tensor([1, 5, 2]))
+    )
+    none = mlm_loss(logits, torch.full((2, 3), -100))
+    assert none == 0
+    none.backward()
+    assert logits.grad is not None and (logits.grad == 0).all()
+
+
+def test_giou_by_hand() -> None:
+    a = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]])
+    b = torch.tensor([[1.0, 1.0, 3.0, 3.0], [0.0, 0.0, 1.0, 1.0], [2.0, 0.0, 3.0, 1.0]])
+    wanted = torch.tensor([1 / 7 - 2 / 9, 1.0, -1 / 3])
+    torch.testing.assert_close(generalized_iou(a, b), wanted)
+
+
+def test_boxes_average_over_region_rows_only() -> None:
+    pred = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]], requires_grad=True)
+    target = torch.tensor([[0.5, 0.5, 0.4, 0.2], [0.9, 0.9, 0.1, 0.1]])
+    l1, giou = box_losses(pred, target, torch.tensor([True, False]))
+    torch.testing.assert_close(l1, torch.tensor(0.2))
+    torch.testing.assert_close(giou, torch.tensor(0.5))
+    (l1 + giou).backward()
+    assert pred.grad is not None and (pred.grad[1] == 0).all() and pred.grad[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("value", [0.3, 0.0, float("nan")])
+def test_boxes_without_region_rows_are_an_exact_zero_with_a_gradient(value: float) -> None:
+    pred = torch.full((3, 4), value, requires_grad=True)
+    l1, giou = box_losses(pred, torch.rand(3, 4), torch.zeros(3, dtype=torch.bool))
+    assert l1 == 0 and giou == 0
+    (l1 + giou).backward()
+    assert pred.grad is not None and (pred.grad == 0).all()
+
+
+def test_boxes_of_size_zero_are_finite() -> None:
+    pred = torch.tensor([[0.5, 0.5, 0.0, 0.0]], requires_grad=True)
+    l1, giou = box_losses(pred, pred.detach().clone(), torch.tensor([True]))
+    (l1 + giou).backward()
+    assert torch.isfinite(giou) and pred.grad is not None and torch.isfinite(pred.grad).all()
+
+
+def _answers() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits = torch.randn(3, 4, 6, generator=_generator())
+    ids = torch.tensor([[2, 4, 3, 0], [2, 5, 4, 3], [2, 3, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    return logits, ids, mask, torch.tensor([0.75, 0.25, 1.0])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_answer_loss_by_hand(smoothing: float) -> None:
+    logits, ids, mask, weight = _answers()
+    wanted = 0.0
+    for a in range(3):
+        for t in range(1, 4):
+            if not mask[a, t]:
+                continue
+            log_p = logits[a, t - 1].log_softmax(dim=-1)
+            token = int(ids[a, t])
+            for c in range(6):
+                share = 1 - smoothing if c == token else smoothing / 6
+                wanted -= float(weight[a] * share * log_p[c])
+    loss = answer_loss(logits, ids, mask, weight, questions=2, smoothing=smoothing)
+    assert float(loss) == pytest.approx(wanted / 2, rel=1e-5)
+
+
+def test_answer_loss_ignores_logits_of_padding_and_of_the_last_position() -> None:
+    logits, ids, mask, weight = _answers()
+    leaf = logits.clone().requires_grad_()
+    answer_loss(leaf, ids, mask, weight, questions=2).backward()
+    assert leaf.grad is not None
+    assert (leaf.grad[:, -1] == 0).all() and (leaf.grad[2, 1:] == 0).all()
+    assert (leaf.grad[2, 0] != 0).any()
+
+
+def test_answer_loss_needs_questions() -> None:
+    with pytest.raises(ValueError, match="questions=0"):
+        answer_loss(*_answers(), questions=0)
