@@ -39,7 +39,7 @@ class SkipSample(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One bad sample met at a stream position. `attempt` 0 is the planned sample, later ones are substitutes."""
+    """One bad sample met at a stream position. `attempt` 0 is the planned one, then substitutes."""
 
     kind: str
     shard: str
@@ -101,7 +101,7 @@ class FaultLedger:
             )
 
     def _check_run(self, positions: range, faults: tuple[Fault, ...]) -> None:
-        """Faults in a row, substitutes included: a whole bad shard shows here long before it shows in the rate."""
+        """Faults in a row, substitutes included: a bad shard shows here long before the rate."""
         bad = Counter(fault.position for fault in faults)
         for position in positions:
             self.consecutive = self.consecutive + bad[position] if bad[position] else 0

@@ -8,8 +8,7 @@ bytes, u64 length of a JSON header, the header, then the arrays named in it, eac
 bytes, read by memory map.
 
 The manifest lists the shards of one task and split with sizes and content hashes. Its total hash
-identifies the
-data: the order of training is a function of it.
+identifies the data: the order of training is a function of it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import mmap
 import os
 import re
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +25,8 @@ from typing import Any
 
 import numpy as np
 import xxhash
+
+from data_pipeline.tar_headers import REMEDY, ShardError, walk
 
 __all__ = [
     "INDEX_VERSION",
@@ -46,148 +46,12 @@ MANIFEST_NAME = "manifest.json"
 INDEX_VERSION = 1
 MANIFEST_VERSION = 1
 _MAGIC = b"ESPTARIX"
-_BLOCK = 512
 _ALIGN = 64
-_ZERO = bytes(_BLOCK)
 # The same split as webdataset's: the extension starts at the first dot of the base name.
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-_REMEDY = "write the shard again, or restore it from a good copy, then run: espalier data index DIR"
 
 
-class ShardError(ValueError):
-    """A shard, index or manifest that is damaged, missing or out of date."""
-
-
-# -- walking a tar
-# ----------------------------------------------------------------------------------------------
-
-
-def _number(raw: bytes, where: str) -> int:
-    """A tar number: octal digits, or base-256 when the top bit is set (GNU, for sizes from 8 GiB)."""
-    if raw[0] in (0x80, 0xFF):
-        value = int.from_bytes(raw[1:], "big")
-        return value if raw[0] == 0x80 else value - (1 << (8 * (len(raw) - 1)))
-    text = raw.split(b"\0", 1)[0].strip()
-    try:
-        return int(text, 8) if text else 0
-    except ValueError:
-        raise ShardError(
-            f"{where}: the tar header has a number that cannot be read. {_REMEDY}"
-        ) from None
-
-
-def _checksum_matches(block: bytes, where: str) -> bool:
-    stated = _number(block[148:156], where)
-    rest = block[:148] + block[156:]
-    unsigned = 256 + sum(rest)
-    if stated == unsigned:
-        return True
-    # Some old writers summed signed bytes.
-    return stated == unsigned - 256 * sum(byte >= 128 for byte in rest)
-
-
-def _string(raw: bytes) -> str:
-    return raw.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-
-
-def _pax_records(raw: bytes, where: str) -> dict[str, str]:
-    records = {}
-    position = 0
-    while position < len(raw) and raw[position] != 0:
-        space = raw.find(b" ", position, position + 20)
-        digits = raw[position:space] if space > 0 else b""
-        length = int(digits) if digits.isdigit() else 0
-        record = raw[space + 1 : position + length]
-        if length <= space + 1 - position or not record.endswith(b"\n") or b"=" not in record:
-            raise ShardError(f"{where}: malformed PAX header. {_REMEDY}")
-        name, value = record[:-1].split(b"=", 1)
-        records[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        position += length
-    return records
-
-
-@dataclass(frozen=True, slots=True)
-class _Member:
-    name: str
-    offset: int
-    size: int
-
-
-def _header_name(block: bytes) -> str:
-    name = _string(block[:100])
-    # A prefix field exists in POSIX ustar only; GNU tar keeps times in the same bytes.
-    if block[257:263] == b"ustar\0" and block[345] != 0:
-        return f"{_string(block[345:500])}/{name}"
-    return name
-
-
-def _check_end(data: mmap.mmap, position: int, path: Path) -> None:
-    """After the first zero block only zeros may follow: else a header in mid-shard was overwritten."""
-    step = 1 << 20
-    for start in range(position, len(data), step):
-        chunk = data[start : start + step]
-        if chunk.count(0) != len(chunk):
-            raise ShardError(
-                f"{path}: a zeroed header at byte {position} hides the rest of the shard. {_REMEDY}"
-            )
-
-
-def _walk(data: mmap.mmap, path: Path) -> Iterator[_Member]:
-    """Regular members in file order. Raises ShardError on any damage, the end of file included."""
-    position = 0
-    total = len(data)
-    global_pax: dict[str, str] = {}
-    pax: dict[str, str] = {}
-    long_name: str | None = None
-    while True:
-        block = data[position : position + _BLOCK]
-        where = f"{path}: byte {position}"
-        if len(block) < _BLOCK:
-            raise ShardError(
-                f"{path}: the shard is cut at byte {total}, no end-of-archive mark. {_REMEDY}"
-            )
-        if block == _ZERO:
-            _check_end(data, position, path)
-            if pax or long_name is not None:
-                raise ShardError(f"{path}: the shard ends after an extended header. {_REMEDY}")
-            return
-        if not _checksum_matches(block, where):
-            raise ShardError(f"{where}: wrong tar header checksum. {_REMEDY}")
-        kind = block[156:157]
-        size = _number(block[124:136], where)
-        start = position + _BLOCK
-        if kind in b"xgLK" and kind != b"":
-            end = start + size
-            if size < 0 or end > total:
-                raise ShardError(f"{path}: the shard is cut inside an extended header. {_REMEDY}")
-            if kind == b"x":
-                pax = _pax_records(data[start:end], where)
-            elif kind == b"g":
-                global_pax |= _pax_records(data[start:end], where)
-            elif kind == b"L":
-                long_name = _string(data[start:end])
-            position = start + -(-size // _BLOCK) * _BLOCK
-            continue
-        merged = global_pax | pax
-        if kind == b"S" or any(key.startswith("GNU.sparse") for key in merged):
-            raise ShardError(f"{where}: sparse members are not supported. {_REMEDY}")
-        name = merged.get("path", long_name if long_name is not None else _header_name(block))
-        if kind in b"123456" and kind != b"":
-            size = 0  # links, devices, folders carry no data
-        elif "size" in merged:
-            if not merged["size"].isdigit():
-                raise ShardError(f"{where}: malformed PAX size. {_REMEDY}")
-            size = int(merged["size"])
-        if size < 0 or start + size > total:
-            raise ShardError(f"{path}: the shard is cut inside member '{name}'. {_REMEDY}")
-        if kind in (b"0", b"\0", b"7") and not name.endswith("/"):
-            yield _Member(name, start, size)
-        pax, long_name = {}, None
-        position = start + -(-size // _BLOCK) * _BLOCK
-
-
-# -- the index of one shard
-# -------------------------------------------------------------------------------------
+# -- the index of one shard -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -263,7 +127,7 @@ def _collect(data: mmap.mmap, path: Path) -> _Columns:
     seen: set[str] = set()
     in_sample: set[str] = set()
     previous: str | None = None
-    for member in _walk(data, path):
+    for member in walk(data, path):
         match = _NAME.match(member.name)
         base = member.name.rsplit("/", 1)[-1]
         if match is None or (base.startswith("__") and base.endswith("__")):
@@ -272,7 +136,7 @@ def _collect(data: mmap.mmap, path: Path) -> _Columns:
         if key != previous:
             if key in seen:
                 raise ShardError(
-                    f"{path}: the members of sample '{key}' are not adjacent. {_REMEDY}"
+                    f"{path}: the members of sample '{key}' are not adjacent. {REMEDY}"
                 )
             seen.add(key)
             in_sample.clear()
@@ -280,7 +144,7 @@ def _collect(data: mmap.mmap, path: Path) -> _Columns:
             columns.first.append(len(columns.offset))
             columns.keys.append(key.encode("utf-8", "surrogateescape"))
         if extension in in_sample:
-            raise ShardError(f"{path}: sample '{key}' has two members '.{extension}'. {_REMEDY}")
+            raise ShardError(f"{path}: sample '{key}' has two members '.{extension}'. {REMEDY}")
         in_sample.add(extension)
         number = columns.extensions.setdefault(extension, len(columns.extensions))
         if number > 255:
@@ -346,7 +210,7 @@ def build_index(tar_path: Path) -> ShardIndex:
         raise FileNotFoundError(f"{tar_path}: no such shard")
     tar_bytes = tar_path.stat().st_size
     if tar_bytes == 0:
-        raise ShardError(f"{tar_path}: the shard is empty (0 bytes). {_REMEDY}")
+        raise ShardError(f"{tar_path}: the shard is empty (0 bytes). {REMEDY}")
     with (
         tar_path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
@@ -397,8 +261,7 @@ def load_index(tar_path: Path) -> ShardIndex:
     return ShardIndex(tar_path, tar_bytes, extensions, **arrays)
 
 
-# -- the manifest of a folder
-# -----------------------------------------------------------------------------------
+# -- the manifest of a folder ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -507,7 +370,8 @@ def load_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_bytes())
         if content["version"] != MANIFEST_VERSION:
             raise ShardError(
-                f"{path}: manifest version {content['version']}, expected {MANIFEST_VERSION}; {remedy}"
+                f"{path}: manifest version {content['version']}, expected "
+                f"{MANIFEST_VERSION}; {remedy}"
             )
         if content["hash"] != _total_hash(content):
             raise ShardError(f"{path}: the manifest was changed by hand (key 'hash'); {remedy}")
@@ -535,6 +399,7 @@ def load_manifest(folder: Path) -> Manifest:
         actual = file.stat().st_size
         if actual != shard.bytes:
             raise ShardError(
-                f"{file}: {actual} bytes, {MANIFEST_NAME} says {shard.bytes}: restore the shard, or {remedy}"
+                f"{file}: {actual} bytes, {MANIFEST_NAME} says {shard.bytes}: "
+                f"restore the shard, or {remedy}"
             )
     return manifest

@@ -126,7 +126,7 @@ class Loader:
             yield delivery.batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as JSON values, identical on all ranks. A batch counts once it was yielded."""
+        """The position as JSON values, the same on all ranks. A yielded batch counts."""
         return {
             "version": STATE_VERSION,
             "task": self._task,
@@ -155,8 +155,8 @@ class Loader:
             if state.get(name) != mine[name]:
                 raise ValueError(
                     f"{self.manifest.folder}: cannot resume the data position: '{name}' was "
-                    f"{state.get(name)!r}, now {mine[name]!r}; restore the data and settings, or start "
-                    "again with --resume none"
+                    f"{state.get(name)!r}, now {mine[name]!r}; restore the data and settings, or "
+                    "start again with --resume none"
                 )
         self._consumed = int(state["samples_consumed"])
 

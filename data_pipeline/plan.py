@@ -28,7 +28,7 @@ _BLOCKS, _WINDOW, _SUBSTITUTE = 1, 2, 3
 
 
 def _bits(count: int, key: tuple[int, int], counter: tuple[int, int, int]) -> np.ndarray:
-    """(count,) uint64 raw bits. Word 0 of the counter is the generator's own, so streams never meet."""
+    """(count,) uint64 raw bits. Counter word 0 is the generator's own, so streams never meet."""
     generator = np.random.Philox(
         key=np.asarray(key, np.uint64), counter=np.asarray((0, *counter), np.uint64)
     )
@@ -55,7 +55,7 @@ def rank_slots(start: int, step: int, step_samples: int, rank: int, ranks: int) 
 
 @dataclass(frozen=True)
 class Window:
-    """Samples that are mixed with each other: positions [first, first + len) of an epoch's group."""
+    """Samples that are mixed: positions [first, first + len) of an epoch's group."""
 
     first: int
     shard: np.ndarray
@@ -131,7 +131,7 @@ class Plan:
 
     @property
     def group_samples(self) -> int:
-        """Samples of one group in an epoch: groups are equal, a remainder is left out (another each epoch)."""
+        """Samples of a group in an epoch: groups are equal, a remainder is left out."""
         return self.samples // self.groups
 
     def order(self, epoch: int) -> EpochOrder:
@@ -140,10 +140,9 @@ class Plan:
             self._orders.move_to_end(epoch)
             return self._orders[epoch]
         blocks = len(self._block_shard)
+        chosen = np.arange(blocks)
         if self.shuffle:
             chosen = permutation(blocks, self._key, (_BLOCKS, epoch & _WORD, 0))
-        else:
-            chosen = np.arange(blocks)
         ends = np.concatenate([[0], np.cumsum(self._block_length[chosen])])
         bounds = []
         for group in range(self.groups):
@@ -197,7 +196,7 @@ class Plan:
         return int(window.shard[inside]), int(window.sample[inside])
 
     def substitute(self, position: int, attempt: int, group: int = 0) -> tuple[int, int]:
-        """(shard, sample) that stands in for a bad sample: another one of the same window, always the same."""
+        """(shard, sample) in the place of a bad one: of the same window, and the same at each replay."""
         window, inside = self._find(position, group)
         if len(window) == 1:
             return int(window.shard[0]), int(window.sample[0])

@@ -36,7 +36,7 @@ Box = tuple[float, float, float, float]
 
 
 class RecordError(ValueError):
-    """A sample whose JSON does not follow its task's schema. `reason`: the message without shard and key."""
+    """A sample that breaks its task's schema. `reason`: the message without shard and key."""
 
     reason: str = ""
 
@@ -50,7 +50,7 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RegionElement:
-    """One described region. `captions`: wordings, one is drawn. `box`: x, y, width, height in pixels."""
+    """One described region. `captions`: wordings, one is drawn. `box`: x, y, w, h in pixels."""
 
     captions: tuple[str, ...]
     box: Box
@@ -70,7 +70,7 @@ class PretrainRecord:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question; `answers` maps answer -> share of annotators (empty where answers are hidden)."""
+    """One question; `answers` maps answer -> share of annotators (empty where hidden)."""
 
     question_id: str
     question: str
@@ -122,7 +122,7 @@ Record = PretrainRecord | VqaRecord | Nlvr2Record | CaptionRecord | GroundingRec
 
 
 class _Field(Exception):
-    """A field that is wrong: where and why (turned into a RecordError that also names the sample)."""
+    """A field that is wrong: where and why. It becomes a RecordError that names the sample."""
 
 
 def _get(data: dict[str, Any], name: str, path: str = "") -> Any:

@@ -37,7 +37,7 @@ class RegionRow:
 
 
 def choose_crop(box: Box, width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:
-    """(x0, y0, x1, y1) of a crop in whole pixels that contains `box`, edges uniform up to the border."""
+    """(x0, y0, x1, y1) in whole pixels of a crop around `box`, edges uniform up to the border."""
     x, y, w, h = box
     x0, y0 = rng.randint(0, math.floor(x)), rng.randint(0, math.floor(y))
     x1 = rng.randint(min(math.ceil(x + w), width), width)
@@ -106,7 +106,7 @@ def _check_boxes(record: PretrainRecord) -> None:
 def _crop_pixels(
     image: np.ndarray, crop: tuple[int, int, int, int], record: PretrainRecord
 ) -> np.ndarray:
-    """The crop of the decoded image, which may have been stored at another size than the record's frame."""
+    """The crop of the decoded image, whose size may differ from the record's frame."""
     height, width = image.shape[:2]
     across, down = width / record.width, height / record.height
     x0, x1 = round(crop[0] * across), round(crop[2] * across)

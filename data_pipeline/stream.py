@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.filters import map as map_stage
+from webdataset.pipeline import DataPipeline
 
 from data_pipeline.batches import Batch
 from data_pipeline.collate import Assembler
@@ -32,7 +33,7 @@ _OPEN_SHARDS = 64
 
 
 class ShardReader:
-    """Reads samples by (shard, number). Files and indexes are opened when first used, per process."""
+    """Reads samples by (shard, number). Files are opened when first used, in each process."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -136,8 +137,7 @@ class PlannedSource(IterableDataset):
             step += stride
 
 
-# -- stages
-# -----------------------------------------------------------------------------------------------------
+# -- stages ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Guard:
-    """Runs a stage; a sample that must be skipped is marked and passes the later stages untouched."""
+    """Runs a stage; a sample to be skipped is marked and passes the later stages untouched."""
 
     stage: Callable[[Sample], Sample]
 
@@ -266,12 +266,12 @@ class Batcher:
 
 def build_pipeline(
     source: PlannedSource, assembler: Assembler, task: str, policy: str
-) -> wds.DataPipeline:
+) -> DataPipeline:
     """The stages of one rank: plan, record, decode, draw, repair, batch. Yields `Delivery`."""
     stages = [Guard(ToRecord(task)), Guard(decode), Guard(Draw(assembler))]
-    return wds.DataPipeline(
+    return DataPipeline(
         source,
-        *(wds.map(stage) for stage in stages),
+        *(map_stage(stage) for stage in stages),
         Repair(source, stages, policy),
         Batcher(assembler, source.batch),
     )

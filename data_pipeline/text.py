@@ -1,4 +1,4 @@
-"""Text: cleaning, tokenisation with fixed padding, and masking for MLM. Published rules of X-VLM / EfficientVLM."""
+"""Text: cleaning, tokenisation with fixed padding, masking for MLM. Rules of X-VLM, as published."""
 
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def _id(tokenizer: PreTrainedTokenizerFast, role: str) -> int:
+    """The id of a special token: "cls", "sep", "pad" or "mask"."""
+    number = getattr(tokenizer, f"{role}_token_id")
+    if not isinstance(number, int):
+        raise ValueError(f"the tokenizer has no {role} token; it must be a BERT-style tokenizer")
+    return number
+
+
 def clean_text(text: str, max_words: int) -> str:
     """Lower case, punctuation, '-' and '/' to spaces, single spaces, at most `max_words` words."""
     text = text.lower().replace("<person>", "person")
@@ -74,14 +82,14 @@ class TextEncoder:
             raise ValueError(f"max_tokens must be at least 3, is {max_tokens}")
         self.max_tokens = max_tokens
         self.max_words = max_words or max_tokens
-        self.pad = int(tokenizer.pad_token_id)
-        self.cls = int(tokenizer.cls_token_id)
-        self.sep = int(tokenizer.sep_token_id)
+        self.pad = _id(tokenizer, "pad")
+        self.cls = _id(tokenizer, "cls")
+        self.sep = _id(tokenizer, "sep")
         self._tokenizer = tokenizer
         self._cache: dict[str, list[int]] = {}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, [CLS] and [SEP] included, cut to max_tokens, without padding. Do not change them."""
+        """Ids of each text with [CLS] and [SEP], cut to max_tokens, not padded. Shared: read only."""
         cache = self._cache
         new = list(dict.fromkeys(text for text in texts if text not in cache))
         if new:
@@ -140,7 +148,7 @@ class Masking:
         self.probability = probability
         self.limit = limit
         self.vocabulary = len(tokenizer)
-        self.mask = int(tokenizer.mask_token_id)
+        self.mask = _id(tokenizer, "mask")
         tokens = tokenizer.convert_ids_to_tokens(list(range(self.vocabulary)))
         self.inside = frozenset(n for n, token in enumerate(tokens) if token.startswith("##"))
 
