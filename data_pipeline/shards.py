@@ -64,7 +64,7 @@ class ShardSet:
 
     def __init__(self, folder: Path, per_shard: int = 1000, start: int = 0) -> None:
         # Imported here: webdataset imports torch, which the readers of a folder need not wait for.
-        from webdataset import ShardWriter
+        from webdataset.writer import ShardWriter
 
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -108,6 +108,8 @@ class ShardSet:
         if kind is None and self._writer.count:
             self._writer.close()
         elif self._file is not None:
+            # Closed in order: a tar stream that is left open would write to the closed file later.
+            self._writer.tarstream.close()
             self._file.close()
             Path(self._file.name).unlink(missing_ok=True)
 

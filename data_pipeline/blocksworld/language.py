@@ -200,12 +200,11 @@ def expressions(scene: Scene, image: int) -> list[dict]:
 
 def clearly_related(things: Sequence[Thing], relation: str, anchor: Thing) -> list[Thing] | None:
     """The things in the relation to `anchor`; None where one is on that side but too near."""
-    axis = 3 if relation in ("left of", "right of") else 4
+    across = relation in ("left of", "right of")
     sign = -1 if relation in ("left of", "above") else 1
     clear = [thing for thing in things if holds(relation, thing, anchor)]
-    side = [
-        thing for thing in things if thing is not anchor and sign * (thing[axis] - anchor[axis]) > 0
-    ]
+    steps = [thing.x - anchor.x if across else thing.y - anchor.y for thing in things]
+    side = [step for step in steps if sign * step > 0]
     return clear if len(side) == len(clear) else None
 
 
