@@ -1,4 +1,4 @@
-"""What `make` needs before anything can be installed; standard library only, runs with any Python 3."""
+"""What `make` needs before anything can be installed. Standard library, any Python from 3.6 on."""
 
 import importlib.util
 import os
@@ -13,26 +13,25 @@ FREE_GB = 12  # torch with its CUDA packages, wheels and the pip cache
 def problems():
     """Everything that is missing, each with its remedy."""
     found = []
-    version = "%d.%d" % sys.version_info[:2]
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     if sys.version_info < MINIMUM:
+        wanted = f"{MINIMUM[0]}.{MINIMUM[1]}"
         found.append(
-            "Python %s is too old, %d.%d or newer is needed: make PYTHON=python3.11 ..."
-            % (version, MINIMUM[0], MINIMUM[1])
+            f"Python {version} is too old, {wanted} or newer is needed: make PYTHON=python{wanted} ..."
         )
     # Debian ships venv without ensurepip and fails half-way through.
     if any(importlib.util.find_spec(name) is None for name in ("venv", "ensurepip")):
         found.append(
-            "the venv module of %s is missing: apt-get install python%s-venv"
-            % (sys.executable, version)
+            f"the venv module of {sys.executable} is missing: apt-get install python{version}-venv"
         )
     if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
         found.append("no C++ compiler (DeepSpeed builds its CPU helpers): apt-get install g++")
     header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
     if not os.path.isfile(header):
-        found.append("%s is missing: apt-get install python%s-dev" % (header, version))
+        found.append(f"{header} is missing: apt-get install python{version}-dev")
     free = shutil.disk_usage(os.getcwd()).free / 1e9
     if free < FREE_GB and not os.path.isdir(".venv"):
-        found.append("%.0f GB free in %s, %d GB are needed" % (free, os.getcwd(), FREE_GB))
+        found.append(f"{free:.0f} GB free in {os.getcwd()}, {FREE_GB} GB are needed")
     return found
 
 

@@ -139,8 +139,6 @@ def _run_once(plan: Plan) -> tuple[int, bool]:
             _end_group(process.pid)
     if code < 0:
         code = 128 - code
-    elif code > 128 and received and code - 128 in received:
-        pass
     return code, bool(received)
 
 

@@ -30,6 +30,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     gpus = _gpus()
     for item in items:
+        # Tests that start processes share the cores: one after the other, also under `pytest -n 2 --dist loadgroup`.
+        place = item.path.relative_to(ROOT).parts if item.path.is_relative_to(ROOT) else ()
+        several = item.get_closest_marker("world_size") is not None
+        if several or place[:2] in (("tests", "distributed"), ("tests", "e2e"), ("tests", "gpu")):
+            item.add_marker(pytest.mark.xdist_group("processes"))
         mark = item.get_closest_marker("gpu")
         if mark is None:
             continue

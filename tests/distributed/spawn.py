@@ -7,6 +7,7 @@ fails, its traceback is the test's failure; when a rank hangs, every rank's stac
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import os
@@ -137,10 +138,8 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -3,8 +3,8 @@
 import os
 
 import pytest
-from tests.distributed.spawn import RanksFailed, run_ranks
 
+from tests.distributed.spawn import RanksFailed, run_ranks
 from train.runtime.distributed import all_reduce_flag, barrier, broadcast_object
 
 

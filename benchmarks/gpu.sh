@@ -1,0 +1,75 @@
+#!/bin/bash
+# All GPU tests and benchmarks, most valuable first, one command:
+#
+#     benchmarks/gpu.sh [--dry-run] [--again] [NAME ...]
+#
+# A step that has passed on this commit and GPU leaves a stamp in benchmarks/results/ and is skipped the next time, so an
+# interrupted run goes on where it stopped. --again ignores the stamps, NAME selects steps, --dry-run (also without a
+# GPU) prints the steps. A failing step does not stop the others; the exit code says whether all passed.
+set -eu -o pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-.venv/bin/python}
+[ -x "$python" ] || python=$(command -v python3)
+results=benchmarks/results
+dry=0
+again=0
+chosen=()
+for argument in "$@"; do
+  case "$argument" in
+    --dry-run) dry=1 ;;
+    --again) again=1 ;;
+    -h | --help) sed -n '2,9p' "$0"; exit 0 ;;
+    -*) echo "benchmarks/gpu.sh: unknown option $argument" >&2; exit 2 ;;
+    *) chosen+=("$argument") ;;
+  esac
+done
+
+commit=$(git rev-parse --short HEAD 2>/dev/null || echo unversioned)
+if [ "$dry" -eq 0 ]; then
+  "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+    echo "benchmarks/gpu.sh: torch sees no GPU here; --dry-run lists what would run" >&2
+    exit 2
+  }
+  gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))')
+  mkdir -p "$results"
+else
+  gpu=any
+fi
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}
+
+failed=()
+known=()
+step() { # step NAME COMMAND...
+  local name=$1
+  shift
+  known+=("$name")
+  if [ "${#chosen[@]}" -gt 0 ] && [[ " ${chosen[*]} " != *" $name "* ]]; then return 0; fi
+  local stamp="$results/gpu-$gpu-$name.stamp" log="$results/gpu-$gpu-$name.log"
+  if [ "$dry" -eq 1 ]; then
+    printf '%-14s %s\n' "$name" "$*"
+  elif [ "$again" -eq 0 ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$commit" ]; then
+    echo "$name: passed on $commit already"
+  elif "$@" 2>&1 | tee "$log"; then
+    echo "$commit" > "$stamp"
+  else
+    echo "$name: FAILED, see $log" >&2
+    failed+=("$name")
+  fi
+}
+
+# Most valuable first. Later work adds its steps where they belong in that order.
+step doctor "$python" -m train.doctor
+step tests "$python" -m pytest -m gpu -q
+step distributed "$python" -m pytest tests/distributed -q
+
+for name in "${chosen[@]+"${chosen[@]}"}"; do
+  if [[ " ${known[*]} " != *" $name "* ]]; then
+    echo "benchmarks/gpu.sh: no step $name; steps: ${known[*]}" >&2
+    exit 2
+  fi
+done
+if [ "${#failed[@]}" -gt 0 ]; then
+  echo "failed: ${failed[*]}" >&2
+  exit 1
+fi
