@@ -1,0 +1,47 @@
+"""The model card and its facts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from models import presets
+from train.evaluation.macs import parameters
+from train.export.card import Facts, card
+from train.export.safetensors import export_safetensors
+
+
+def test_card_tells_parameters_sparsity_shape_metrics_and_recipe(tmp_path: Path) -> None:
+    dense = parameters(presets.create("blocksworld-student", form="vqa"))["prunable"]
+    model = presets.create("blocksworld-student", form="vqa", **{"vision.heads": (3, 1)})
+    manifest = tmp_path / "data" / "train"
+    manifest.mkdir(parents=True)
+    (manifest / "manifest.json").write_text(
+        json.dumps({"task": "vqa", "samples": 7, "hash": "abc123", "shards": []})
+    )
+    (tmp_path / "run.yaml").write_text(f"stage: prune\ndata:\n  train: {manifest}\n")
+    facts = Facts.of_run(tmp_path / "model", {"accuracy": 0.91}, dense)
+    text = card(model, facts, "fp16", 2_000_000)
+    removed = 4 * (4 * 128 * 32 + 3 * 32)
+    assert f"Sparsity {100 * removed / dense:.2f} %" in text
+    assert "| vision | 2 | 3 1 | | 512 |" in text
+    assert "| accuracy | 0.9100 |" in text and "`abc123`" in text
+    assert "stage: prune" in text and "2.00 MB of fp16" in text
+
+
+def test_card_of_a_model_without_a_run_has_no_empty_chapters(tmp_path: Path) -> None:
+    text = card(presets.create("blocksworld-micro-student"), Facts.of_run(tmp_path), "fp32", 1)
+    assert "## Recipe" not in text and "## Measured" not in text and "Sparsity" not in text
+
+
+def test_export_refuses_an_unknown_type_and_an_infinite_cast(tmp_path: Path) -> None:
+    model = presets.create("blocksworld-micro-student")
+    next(model.parameters()).data.fill_(1e6)
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match="fp64"):
+        export_safetensors(tmp_path / "a", tmp_path / "b", "fp64")
+    with pytest.raises(ValueError, match="range of"):
+        export_safetensors(tmp_path / "a", tmp_path / "b", "fp16")
+    assert not (tmp_path / "b").exists()
