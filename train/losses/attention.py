@@ -29,7 +29,7 @@ Kind = Literal["mse", "kl"]
 # Finite stand-in for minus infinity: a row without any visible key must not become NaN.
 _HIDDEN = -1e30
 # Elements of one chunk of an attention map: cache-sized on a CPU, large enough to fill a GPU.
-_CHUNK_CPU, _CHUNK_GPU = 1 << 19, 1 << 25
+_CHUNK_CPU, _CHUNK_GPU = 1 << 17, 1 << 25
 
 
 def widen(x: Tensor) -> Tensor:

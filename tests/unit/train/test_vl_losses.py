@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from train.losses.vl import (
     Similarities,
+    _draw,
     answer_loss,
     box_losses,
     contrastive_loss,
@@ -87,6 +88,12 @@ def test_negatives_follow_their_weights() -> None:
     wanted = weights / weights.sum(dim=1, keepdim=True)
     torch.testing.assert_close(counts / draws, wanted, atol=0.03, rtol=0)
     assert (counts.diagonal() == 0).all()
+
+
+def test_a_point_on_an_edge_does_not_choose_a_row_of_weight_zero() -> None:
+    """The uniform number 0 falls on the first edge, which belongs to the own pair of row 0."""
+    similarity = torch.zeros(3, 3)
+    assert _draw(similarity, torch.zeros(3), torch.arange(3), None).tolist() == [1, 0, 0]
 
 
 def test_negatives_are_a_function_of_the_generator() -> None:
