@@ -206,4 +206,9 @@ class ModelConfig:
 
     @classmethod
     def load(cls, path: Path) -> ModelConfig:
-        return cls.from_dict(json.loads(path.read_text()), where=str(path))
+        """Reads `save`'s file. Raises ValueError naming the file, and the key where one is wrong."""
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise ValueError(f"{path}: not a readable JSON file: {error}") from error
+        return cls.from_dict(values, where=str(path))

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale
+from timm.layers.drop import DropPath
+from timm.layers.layer_scale import LayerScale
 from torch import Tensor, nn
 
 from models.gates import GateSlot

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -190,12 +190,12 @@ class XVLM(nn.Module):
 
         An engine that partitions parameters registers each (ZeRO-3: register_external_parameter).
         """
-        pairs: list[tuple[nn.Module, nn.Parameter]] = []
+        pairs: list[tuple[nn.Module, Tensor]] = []
         if self.config.form == "pretrain":
             pairs.append((self.mlm_head, self.text.embeddings.word.weight))
         if self.decoder is not None:
             pairs.append((self.decoder.head, self.decoder.embeddings.word.weight))
-        return pairs
+        return cast(list[tuple[nn.Module, nn.Parameter]], pairs)
 
     def touch(self, names: Iterable[str]) -> Tensor:
         """A zero that depends on every parameter of the named parts, through their own forwards.

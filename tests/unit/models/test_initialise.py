@@ -1,0 +1,130 @@
+"""Students cut from teachers, and task forms started from pre-trained models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models import presets
+from models.initialise import default_map, student_from_teacher, task_form_from_pretrained
+from models.vision import resize_positions
+from models.xvlm import XVLM
+
+
+@pytest.fixture(scope="module")
+def teacher() -> XVLM:
+    torch.manual_seed(0)
+    model = presets.create("blocksworld-micro-teacher")
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that equal tensors are equal for a reason
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_default_map():
+    assert default_map(6, 12, "vision") == (1, 3, 5, 7, 9, 11)
+    assert default_map(2, 6, "vision") == (2, 5)
+    assert default_map(3, 3, "vision") == (0, 1, 2)
+    with pytest.raises(ValueError, match="give fusion_map"):
+        default_map(4, 6, "fusion")
+
+
+def test_a_student_takes_every_second_layer(teacher):
+    student, report = student_from_teacher(teacher, presets.config("blocksworld-micro-student"))
+    for ours, theirs in ((0, 1), (1, 3)):
+        assert same(student.vision.blocks[ours], teacher.vision.blocks[theirs])
+        assert same(student.text.layers[ours], teacher.text.layers[theirs])
+    for part in ("text.embeddings", "vision.embeddings", "mlm_head", "itm_head", "contrastive"):
+        assert same(student.get_submodule(part), teacher.get_submodule(part)), part
+    assert report.unmapped == [] and report.resized == []
+    assert set(report.mapped) == set(student.state_dict())
+    assert report.mapped["text.layers.1.cross_norm.bias"] == "text.layers.3.cross_norm.bias"
+    unused = {key.rsplit(".", 2)[0] for key in report.unused}
+    assert any(name.startswith("vision.blocks.0") for name in unused)
+    assert not any(".blocks.1" in key or ".layers.1" in key for key in report.unused)
+
+
+def test_explicit_maps(teacher):
+    student, _ = student_from_teacher(
+        teacher,
+        presets.config("blocksworld-micro-student"),
+        vision_map=(0, 2),
+        text_map=(0,),
+        fusion_map=(0,),
+    )
+    assert same(student.vision.blocks[1], teacher.vision.blocks[2])
+    assert same(student.text.layers[0], teacher.text.layers[0])
+    assert same(student.text.layers[1], teacher.text.layers[2])
+
+
+@pytest.mark.parametrize("vision_map", [(0,), (0, 4), (-1, 0)])
+def test_maps_that_do_not_fit(teacher, vision_map):
+    config = presets.config("blocksworld-micro-student")
+    with pytest.raises(ValueError, match="vision_map .* needs 2 entries from 0 to 3"):
+        student_from_teacher(teacher, config, vision_map=vision_map)
+
+
+def test_other_widths_are_refused_by_key(teacher):
+    config = presets.config("blocksworld-micro-student", text={"ffn": (64, 128)})
+    with pytest.raises(ValueError, match=r"text\.layers\.0\.ffn\.fc1\.weight \(64, 32\) from"):
+        student_from_teacher(teacher, config)
+
+
+def test_positions_follow_the_image_size(teacher):
+    config = presets.config("blocksworld-micro-student", vision={"image_size": 64})
+    student, report = student_from_teacher(teacher, config)
+    assert report.resized == ["vision.embeddings.position"]
+    expected = resize_positions(teacher.vision.embeddings.position.detach(), 8)
+    assert torch.equal(student.vision.embeddings.position, expected)
+
+
+def test_the_answer_decoder_starts_from_the_fusion_layers(teacher):
+    model = task_form_from_pretrained(teacher)
+    assert model.config.form == "vqa" and model.decoder is not None
+    for index in range(2):
+        assert same(model.decoder.layers[index], teacher.text.layers[2 + index])
+    assert same(model.decoder.embeddings, teacher.text.embeddings)
+    assert same(model.decoder.head, teacher.mlm_head)
+    assert same(model.vision, teacher.vision) and same(model.text, teacher.text)
+    assert model.decoder.embeddings.word.weight is not model.text.embeddings.word.weight
+
+
+def test_a_shallower_decoder_and_larger_images(teacher):
+    config = teacher.config.as_form("vqa", decoder_layers=1, image_size=64)
+    model = task_form_from_pretrained(teacher, config=config)
+    assert model.decoder is not None
+    assert same(model.decoder.layers[0], teacher.text.layers[3])
+    other = task_form_from_pretrained(teacher, config=config, decoder_map=(0,))
+    assert other.decoder is not None and same(other.decoder.layers[0], teacher.text.layers[2])
+    assert model.vision.embeddings.position.shape[0] == 65
+
+
+def test_a_vqa_student_is_cut_from_a_vqa_teacher(teacher):
+    vqa = task_form_from_pretrained(teacher)
+    config = presets.config("blocksworld-micro-student", form="vqa")
+    student, report = student_from_teacher(vqa, config)
+    assert student.decoder is not None and vqa.decoder is not None
+    assert same(student.decoder.layers[0], vqa.decoder.layers[1])
+    assert report.unmapped == []
+    pretrained, report = student_from_teacher(teacher, config)
+    assert report.unmapped and all(key.startswith("decoder.") for key in report.unmapped)
+
+
+def test_forms_that_cannot_be_started(teacher):
+    vqa = task_form_from_pretrained(teacher)
+    with pytest.raises(ValueError, match="form 'pretrain', not 'vqa'"):
+        task_form_from_pretrained(vqa)
+    with pytest.raises(ValueError, match="form 'nlvr2' is unknown"):
+        task_form_from_pretrained(teacher, "nlvr2")
+
+
+def test_copies_do_not_share_memory(teacher):
+    before = teacher.itm_head.linear.weight.clone()
+    student, _ = student_from_teacher(teacher, presets.config("blocksworld-micro-student"))
+    student.itm_head.linear.weight.data.zero_()
+    assert torch.equal(teacher.itm_head.linear.weight, before)
