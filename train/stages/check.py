@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 
 from train.config import KdConfig, RegionConfig, RunConfig
@@ -9,6 +10,7 @@ from train.config import KdConfig, RegionConfig, RunConfig
 __all__ = ["check_stage"]
 
 _LOG = logging.getLogger(__name__)
+_TERMS = {"pretrain": ("itc", "itm", "mlm", "box_l1", "box_giou"), "vqa": ("answer",)}
 
 
 def check_stage(config: RunConfig) -> None:
@@ -20,6 +22,12 @@ def check_stage(config: RunConfig) -> None:
         )
     if config.stage in ("finetune", "prune") and config.task == "pretrain":
         raise ValueError(f"task: stage {config.stage} needs a downstream task such as vqa")
+    for name in config.loss:
+        if name not in _TERMS[config.task]:
+            near = difflib.get_close_matches(name, _TERMS[config.task], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            known = ", ".join(_TERMS[config.task])
+            raise ValueError(f"loss.{name}: task {config.task} has the losses {known}{hint}")
     if config.stage == "prune" and config.prune is None:
         raise ValueError(
             "prune: stage prune needs a `prune` section (prune.sparsity=0.35 for example)"

@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from models.outputs import AttentionTrace, EncoderOutput
-from train.config import KdConfig
-from train.losses.combine import LossBook, check_loss_names
+from models.outputs import AttentionTrace
 from train.losses.distillation import (
     attention_kl,
     attention_kl_reference,
@@ -263,42 +261,3 @@ def test_logits_kl() -> None:
     assert teacher.grad is None and student.grad is not None
     with pytest.raises(ValueError, match="vocabulary"):
         logits_kl(torch.zeros(2, 3), torch.zeros(2, 4))
-
-
-def test_loss_book_weights() -> None:
-    student, teacher = _traces(masked=False, causal=False)
-    pairs = layer_pairs(1, 1)
-    states = EncoderOutput(
-        torch.zeros(1), {0: torch.zeros(2, 3), 1: torch.ones(2, 3)}, {0: student}
-    )
-    taught = EncoderOutput(torch.zeros(1), {0: torch.ones(2, 3), 1: torch.ones(2, 3)}, {0: teacher})
-    book = LossBook({"itc": 2.0}, KdConfig())
-    book.task("itc", torch.tensor(3.0))
-    book.task("mlm", torch.tensor(1.0))
-    book.distil_stack("image", states, taught, pairs, hidden_weight=0.1)
-    book.metric("accuracy", torch.tensor(1.0))
-    losses = book.losses(touch=torch.tensor(0.0))
-    assert losses.weights == pytest.approx(
-        {"itc": 1.2, "mlm": 0.6, "kd_image_hidden": 0.04, "kd_image_attention": 0.4}
-    )
-    wanted = 0.6 * (2 * 3 + 1) + 0.4 * (0.1 * 1.0 + float(attention_mse(student, teacher)))
-    assert float(losses.total()) == pytest.approx(wanted)
-    assert list(losses.metrics) == ["accuracy"]
-    with pytest.raises(ValueError, match="twice"):
-        book.task("mlm", torch.tensor(1.0))
-
-
-def test_loss_book_without_teacher_and_without_attention() -> None:
-    book = LossBook({})
-    book.task("vqa", torch.tensor(2.0))
-    assert book.losses().weights == {"vqa": 1.0}
-    plain = LossBook({}, KdConfig(attention="none"))
-    states = EncoderOutput(torch.zeros(1), {0: torch.zeros(1), 1: torch.zeros(1)})
-    plain.distil_stack("text", states, states, layer_pairs(1, 1))
-    plain.distil_stack("image", states, states, layer_pairs(1, 1), weight=0.0)
-    assert list(plain.losses().terms) == ["kd_text_hidden"]
-
-
-def test_unknown_loss_name() -> None:
-    with pytest.raises(ValueError, match=r"loss\.mlmm(.|\n)*did you mean mlm\?"):
-        check_loss_names({"mlmm": 1.0}, ["itc", "itm", "mlm"])
