@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from data_pipeline.batches import Batch
 from data_pipeline.collate import Assembler, PretrainAssembler, RegionAssembler, VqaAssembler
@@ -105,7 +105,7 @@ class Loader:
         )
         return iter(
             DataLoader(
-                pipeline,
+                cast(IterableDataset, pipeline),
                 batch_size=None,
                 # More workers than batches would start for nothing.
                 num_workers=self._workers if self._train else min(self._workers, len(self)),
