@@ -1,0 +1,65 @@
+"""State outside DeepSpeed: a round trip through a file that needs no pickle, and the configuration check."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from tests.distributed.stand_in import TinyLoader, tiny_config, with_changes
+from train.checkpoint import state
+from train.config import UserError
+
+
+class _Gates:
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {"log_alpha": torch.arange(3.0), "step": 4}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.values
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+
+def _draws() -> list[float]:
+    return [random.random(), random.gauss(0, 1), float(numpy.random.rand()), torch.rand(()).item()]
+
+
+def test_everything_comes_back_without_pickle(tmp_path: Path) -> None:
+    random.gauss(0, 1)
+    loader, region, gates = TinyLoader(0), TinyLoader(0, "region"), _Gates()
+    loader.position, region.position = 5, 2
+    collected = state.collect(
+        tiny_config(tmp_path), step=7, samples=28, loader=loader, region_loader=region, gates=gates
+    )
+    torch.save(collected, tmp_path / "s.pt")
+    expected = _draws()
+    loaded = torch.load(tmp_path / "s.pt", weights_only=True)
+    loader.position = region.position = 0
+    gates.values = {}
+    _draws()
+    state.restore(loaded, loader=loader, region_loader=region, gates=gates)
+    assert _draws() == expected
+    assert (loader.position, region.position, loaded["step"], loaded["samples"]) == (5, 2, 7, 28)
+    assert torch.equal(gates.values["log_alpha"], torch.arange(3.0))
+
+
+def test_another_version_is_refused() -> None:
+    with pytest.raises(UserError, match="version 99"):
+        state.restore({"version": 99}, loader=TinyLoader(0))
+
+
+def test_only_harmless_keys_may_change(tmp_path: Path) -> None:
+    old = tiny_config(tmp_path)
+    longer = with_changes(old, optim={"steps": 99}, log={"every": 1}, checkpoint={"keep": 9})
+    state.check_config(state.plain_config(old), state.plain_config(longer))
+    other = with_changes(old, optim={"lr": 0.5}, data={"batch": 7})
+    with pytest.raises(UserError) as error:
+        state.check_config(state.plain_config(old), state.plain_config(other))
+    assert "data.batch: 4 -> 7" in str(error.value) and "optim.lr: 0.001 -> 0.5" in str(error.value)
+    assert "log." not in str(error.value)
