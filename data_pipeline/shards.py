@@ -109,7 +109,8 @@ class ShardSet:
             self._writer.close()
         elif self._file is not None:
             # Closed in order: a tar stream that is left open would write to the closed file later.
-            self._writer.tarstream.close()
+            if self._writer.tarstream is not None:
+                self._writer.tarstream.close()
             self._file.close()
             Path(self._file.name).unlink(missing_ok=True)
 
