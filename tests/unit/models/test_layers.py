@@ -107,3 +107,14 @@ def test_attention_dropout_only_in_training():
 def test_unknown_activation():
     with pytest.raises(ValueError, match="swish"):
         activation_function("swish")
+
+
+def test_activations_are_the_published_ones():
+    x = torch.linspace(-6, 6, 100)
+    expected = {
+        "gelu": x * (1 + torch.erf(x / 2**0.5)) / 2,
+        "quick_gelu": x / (1 + torch.exp(-1.702 * x)),
+        "gelu_tanh": x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
+    }
+    for name, values in expected.items():
+        torch.testing.assert_close(activation_function(name)(x), values)
