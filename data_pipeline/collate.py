@@ -243,9 +243,9 @@ class VqaAssembler(Assembler):
         usable = [question for question in record.questions if question.answers]
         if not usable:
             raise SkipSample("missing", "no question has an answer (field 'answers')")
-        if len(usable) >= self.rows_per_image:
-            return tuple(rng.sample(usable, self.rows_per_image))
-        return tuple(rng.choices(usable, k=self.rows_per_image))
+        # Each question at most once while there are enough of them.
+        chosen = choose_rows(len(usable), self.rows_per_image, rng)
+        return tuple(usable[number] for number in chosen)
 
     def _draw(self, sample: dict[str, Any], rng: random.Random) -> Item:
         record = sample["record"]

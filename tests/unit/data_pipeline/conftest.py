@@ -15,10 +15,37 @@ from PIL import Image
 
 from data_pipeline.index import write_manifest
 
-WORDS = (
-    "what colour is the shape left right of above red green blue circle square triangle how many "
-    "are there person a sentence play ##ing ##ed ##s un ##break ##able"
-).split()
+WORDS = [
+    "what",
+    "colour",
+    "is",
+    "the",
+    "shape",
+    "left",
+    "right",
+    "of",
+    "above",
+    "red",
+    "green",
+    "blue",
+    "circle",
+    "square",
+    "triangle",
+    "how",
+    "many",
+    "are",
+    "there",
+    "person",
+    "a",
+    "sentence",
+    "play",
+    "##ing",
+    "##ed",
+    "##s",
+    "un",
+    "##break",
+    "##able",
+]
 
 
 def encode_picture(number: int, size: int = 24, kind: str = "JPEG") -> bytes:

@@ -83,7 +83,7 @@ def test_side_words():
 @given(width=st.integers(1, 300), height=st.integers(1, 300), seed=st.integers(0, 99))
 def test_random_resized_box_stays_inside(width, height, seed):
     x, y, w, h = random_resized_box(width, height, (0.2, 1.0), random.Random(seed))
-    assert 0 <= x and 0 <= y and w >= 1 and h >= 1 and x + w <= width and y + h <= height
+    assert x >= 0 and y >= 0 and w >= 1 and h >= 1 and x + w <= width and y + h <= height
 
 
 def test_resize_matches_float_interpolation():

@@ -1,0 +1,197 @@
+"""The loader: exact resume, the same global batches for any number of ranks, complete evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.loader import build_loader
+
+REGION = SimpleNamespace(images=4, rows=10, max_regions=4, min_fraction_in_crop=0.5)
+relaxed = settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def make(task, folder, tokenizer, **options):
+    values = {"batch": 4, "train": True, "image_size": 24, "patch_size": 8, "max_tokens": 12}
+    values |= {"block": 4, "window_blocks": 2, "seed": 5, "region": REGION, "rows_per_image": 2}
+    values |= {"augment": "blocksworld"} | options
+    return build_loader(task, folder, tokenizer=tokenizer, **values)
+
+
+def same(one, two):
+    for field in dataclasses.fields(one):
+        a, b = getattr(one, field.name), getattr(two, field.name)
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), field.name
+        else:
+            assert a == b, field.name
+
+
+def take(loader, count):
+    stream = iter(loader)
+    return [next(stream) for _ in range(count)]
+
+
+@pytest.mark.parametrize("task", ["pretrain", "region", "vqa"])
+@pytest.mark.parametrize("augment", ["blocksworld", "pretrain", "finetune"])
+def test_resume_gives_the_tail(write_shards, tokenizer, task, augment):
+    folder = write_shards("vqa" if task == "vqa" else "pretrain", 22)
+    whole = take(make(task, folder, tokenizer, augment=augment), 12)
+    for stop in (0, 1, 5, 6, 11):
+        first = make(task, folder, tokenizer, augment=augment, workers=2 if stop == 5 else 0)
+        take(first, stop)
+        state = json.loads(json.dumps(first.state_dict()))
+        second = make(task, folder, tokenizer, augment=augment)
+        second.load_state_dict(state)
+        for one, two in zip(take(second, 12 - stop), whole[stop:], strict=True):
+            same(one, two)
+        assert second.state_dict()["samples_consumed"] == 12 * 4
+
+
+def test_iterating_again_goes_on(write_shards, tokenizer):
+    folder = write_shards("vqa", 22)
+    whole = take(make("vqa", folder, tokenizer), 6)
+    loader = make("vqa", folder, tokenizer)
+    for one, two in zip(take(loader, 2) + take(loader, 4), whole, strict=True):
+        same(one, two)
+
+
+def keys_and_pixels(batches):
+    return [
+        (key, question, batch.images[index].sum().item())
+        for batch in batches
+        for key, question, index in zip(
+            batch.keys, batch.questions, batch.image_index.tolist(), strict=True
+        )
+    ]
+
+
+@relaxed
+@given(before=st.sampled_from([1, 2, 4]), after=st.sampled_from([1, 2, 4]), stop=st.integers(0, 7))
+def test_global_batches_do_not_depend_on_ranks(write_shards, tokenizer, before, after, stop):
+    import shutil
+
+    folder = write_shards("vqa", 22)
+    try:
+        whole = [keys_and_pixels([b]) for b in take(make("vqa", folder, tokenizer, batch=8), 9)]
+        first = make("vqa", folder, tokenizer, batch=8 // before, world_size=before)
+        take(first, stop)
+        state = first.state_dict()
+        parts = []
+        for rank in range(after):
+            loader = make("vqa", folder, tokenizer, batch=8 // after, rank=rank, world_size=after)
+            loader.load_state_dict(state)
+            parts.append(take(loader, 9 - stop))
+            assert loader.state_dict()["samples_consumed"] == 9 * 8
+        for step in range(9 - stop):
+            assert keys_and_pixels([part[step] for part in parts]) == whole[stop + step]
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_another_batch_size_goes_on_without_gap(write_shards, tokenizer):
+    folder = write_shards("vqa", 24)
+    first = make("vqa", folder, tokenizer, batch=4, rows_per_image=1)
+    keys = [key for batch in take(first, 3) for key in batch.keys]
+    second = make("vqa", folder, tokenizer, batch=6, rows_per_image=1)
+    second.load_state_dict(first.state_dict())
+    keys += [key for batch in take(second, 2) for key in batch.keys]
+    assert sorted(keys) == [f"s{n:05d}" for n in range(24)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_is_complete_and_equal(write_shards, tokenizer, ranks, workers):
+    folder = write_shards("vqa", 23)
+    loaders = [
+        make("vqa", folder, tokenizer, train=False, rank=r, world_size=ranks, workers=workers)
+        for r in range(ranks)
+    ]
+    parts = [list(loader) for loader in loaders]
+    assert len({len(part) for part in parts}) == 1 and len(parts[0]) == len(loaders[0])
+    counted = [
+        (key, question)
+        for part in parts
+        for batch in part
+        for key, question, valid in zip(batch.keys, batch.questions, batch.valid, strict=True)
+        if valid
+    ]
+    assert len(counted) == 23 * 3
+    assert {key for key, _ in counted} == {f"s{n:05d}" for n in range(23)}
+    again = list(loaders[0])
+    assert len(again) == len(parts[0])
+    same(again[0], parts[0][0])
+    assert loaders[0].state_dict()["samples_consumed"] == 0
+
+
+@pytest.mark.parametrize("task", ["pretrain", "region"])
+def test_evaluation_of_pretraining(write_shards, tokenizer, task):
+    folder = write_shards("pretrain", 10)
+    batches = list(make(task, folder, tokenizer, train=False, world_size=2, rank=1))
+    assert len(batches) == 2
+    assert {batch.rows for batch in batches} == {4 if task == "pretrain" else 10}
+    valid = {k for b in batches for k, v in zip(b.keys, b.valid.tolist(), strict=True) if v}
+    assert valid == {f"s{n:05d}" for n in (4, 5, 6, 7)}
+
+
+def test_limit(write_shards, tokenizer):
+    folder = write_shards("vqa", 23)
+    loader = make("vqa", folder, tokenizer, train=False, limit=7)
+    assert loader.samples_per_epoch == 7 and len(loader) == 2
+    assert sum(int(batch.valid.sum()) for batch in loader) == 21
+
+
+def test_more_samples_in_a_batch_than_in_the_data(write_shards, tokenizer):
+    folder = write_shards("vqa", 3)
+    batch = take(make("vqa", folder, tokenizer, batch=8), 1)[0]
+    assert len(batch.images) == 8 and batch.valid.all()
+    only = list(make("vqa", folder, tokenizer, batch=8, train=False))
+    assert len(only) == 1 and int(only[0].valid.sum()) == 9
+
+
+def test_foreign_states_are_refused(write_shards, tokenizer):
+    folder = write_shards("vqa", 12)
+    loader = make("vqa", folder, tokenizer)
+    state = loader.state_dict()
+    assert len(json.dumps(state)) < 400
+    changes = {"manifest_hash": "0", "seed": 6, "version": 0, "plan": {}, "task": "pretrain"}
+    for name, value in changes.items():
+        with pytest.raises(ValueError, match=f"'{name}'"):
+            loader.load_state_dict(state | {name: value})
+
+
+def test_settings_that_cannot_work(write_shards, tokenizer, tmp_path):
+    folder = write_shards("vqa", 12)
+    for options, named in (
+        ({"batch": 0}, "data.batch"),
+        ({"workers": -1}, "data.workers"),
+        ({"rank": 2, "world_size": 2}, "rank 2"),
+        ({"augment": "x"}, "data.augment"),
+        ({"faults": "x"}, "data.faults"),
+        ({"rows_per_image": 0}, "rows_per_image"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            make("vqa", folder, tokenizer, **options)
+    with pytest.raises(ValueError, match="holds 'vqa' samples"):
+        make("pretrain", folder, tokenizer)
+    with pytest.raises(ValueError, match="unknown loader task"):
+        make("nlvr3", folder, tokenizer)
+    with pytest.raises(FileNotFoundError, match="espalier data"):
+        make("vqa", tmp_path / "none", tokenizer)
+
+
+def test_a_shard_that_vanishes_is_one_clear_error_from_workers_too(write_shards, tokenizer):
+    folder = write_shards("vqa", 12)
+    loader = make("vqa", folder, tokenizer, workers=1)
+    (folder / "shard-000001.tar.idx").unlink()
+    with pytest.raises(ValueError, match="espalier data index") as caught:
+        take(loader, 3)
+    assert "Traceback" not in str(caught.value)
