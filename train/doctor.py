@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["Finding", "add_parser", "examine", "run", "warm"]
+__all__ = ["Finding", "add_parser", "add_parsers", "examine", "run", "warm"]
 
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGES = ("models", "train", "data_pipeline", "launchers")
@@ -62,6 +62,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     _add_arguments(parser)
     return parser
+
+
+add_parsers = add_parser  # the name under which the command line asks every room
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +139,9 @@ def _gpu() -> Iterator[Finding]:
         yield Finding(
             "ok", f"GPU {index}", f"{properties.name}, {memory:.0f} GiB, capability {capability}"
         )
-    version = ".".join(str(part) for part in torch.cuda.nccl.version())
+    from torch.cuda import nccl
+
+    version = ".".join(str(part) for part in nccl.version())
     yield Finding("ok", "NCCL", version)
 
 
@@ -255,7 +260,8 @@ def warm() -> int:
     _remove_stale_locks()
     from deepspeed.accelerator import get_accelerator
 
-    if get_accelerator().device_name() != "cpu":
+    accelerator = get_accelerator()
+    if accelerator is None or accelerator.device_name() != "cpu":
         print("espalier: nothing to compile ahead on a GPU machine")
         return 0
     from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder

@@ -215,7 +215,9 @@ def start(timeout_minutes: float | None = None) -> Distributed:
     import torch.distributed
 
     if not torch.distributed.is_initialized():
-        timeout = {} if timeout_minutes is None else {"timeout": timedelta(minutes=timeout_minutes)}
+        timeout: dict[str, Any] = (
+            {} if timeout_minutes is None else {"timeout": timedelta(minutes=timeout_minutes)}
+        )
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, **timeout)
     return Distributed(
         rank=torch.distributed.get_rank(),

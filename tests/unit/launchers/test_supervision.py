@@ -22,6 +22,7 @@ sys.exit(max(rank.wait() for rank in ranks))
 # A rank with a child of its own: on SIGTERM it "saves" and leaves with 75. The child must not be signalled.
 RANK = """
 import os, signal, subprocess, sys
+signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ignores it, and that is inherited
 worker = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 with open(os.path.join(sys.argv[1], "ready"), "w") as pipe:
