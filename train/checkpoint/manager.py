@@ -1,8 +1,9 @@
 """Checkpoints that are either complete or not there.
 
-DeepSpeed 0.19 writes `latest` before other ranks have finished, without fsync or checksums. So it only writes its
-shards here; each file is then flushed and hashed, rank 0 writes MANIFEST.json, and after a barrier `latest` is replaced.
-Loading verifies, and walks back to the last valid checkpoint. The folder must be shared by all ranks.
+DeepSpeed 0.19 writes `latest` before other ranks have finished, without fsync or checksums. So it only
+writes its shards here; each file is then flushed and hashed, rank 0 writes MANIFEST.json, and after a
+barrier `latest` is replaced. Loading verifies, and walks back to the last valid checkpoint. The folder
+must be shared by all ranks.
 """
 
 from __future__ import annotations

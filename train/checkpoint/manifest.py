@@ -1,6 +1,6 @@
 """MANIFEST.json: what a complete checkpoint consists of. It is written last, so its presence means completeness.
 
-{"version": 1, "run_id", "step", "world_size", "zero_stage", "precision", "config": {...},
+{"version": 1, "run_id", "step", "world_size", "zero_stage", "config": {...},
  "files": {NAME: {"bytes": n, "sha256": hex}}}
 """
 
@@ -31,7 +31,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that a crash leaves either the old or the new one: temporary, fsync, rename, fsync of the folder."""
+    """Writes a file so that a crash leaves the old or the new one: temporary, fsync, rename, fsync of the folder."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -39,6 +39,7 @@ class Progress:
 
     step: int = 0
     samples: int = 0
+    saved: int = -1  # step of the newest checkpoint, which is not written twice
 
 
 @dataclass
@@ -119,7 +120,7 @@ def restore(run: Run, resume: str) -> Progress:
     if state is None:
         return Progress()
     run_state.restore(state, loader=run.loader, region_loader=run.region_loader, gates=run.gates)
-    progress = Progress(step=state["step"], samples=state["samples"])
+    progress = Progress(step=state["step"], samples=state["samples"], saved=state["step"])
     _LOG.info("resumed at step %d (%d samples)", progress.step, progress.samples)
     if progress.step > run.config.optim.steps:
         raise UserError(
@@ -130,7 +131,9 @@ def restore(run: Run, resume: str) -> Progress:
 
 
 def save(run: Run, progress: Progress) -> None:
-    """Checkpoint at an accumulation boundary. Collective."""
+    """Checkpoint at an accumulation boundary, unless this step has one. Collective."""
+    if progress.saved == progress.step:
+        return
     state = run_state.collect(
         run.config,
         step=progress.step,
@@ -140,6 +143,7 @@ def save(run: Run, progress: Progress) -> None:
         gates=run.gates,
     )
     run.checkpoints.save(run.engine, progress.step, state)
+    progress.saved = progress.step
 
 
 def _is_region_step(config: RunConfig, step: int) -> bool:
