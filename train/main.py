@@ -124,6 +124,7 @@ def _verbs() -> dict[str, _Verb]:
         "predict": _Verb("answer a question about an image", _room("train.evaluation.commands")),
         "export": _Verb("write a model to ship", _room("train.export.commands")),
         "report": _Verb("one page comparing runs", _room("train.export.commands")),
+        "doctor": _Verb("what this machine has and lacks", _room("train.doctor")),
         "config": _Verb("show, compare or describe a recipe", _config),
     }
 
@@ -134,7 +135,9 @@ def _room(module: str) -> Callable[[str, Sequence[str]], int]:
     def run(name: str, rest: Sequence[str]) -> int:
         room = importlib.import_module(module)
         parser = argparse.ArgumentParser(prog="espalier")
-        room.add_parsers(parser.add_subparsers(metavar="VERB", required=True))
+        verbs = parser.add_subparsers(metavar="VERB", required=True)
+        room.add_parsers(verbs)
+        verbs.choices[name].epilog = verbs.choices[name].epilog or f"example: espalier {name}"
         return int(room.run(parser.parse_args([name, *rest])))
 
     return run

@@ -6,7 +6,7 @@ Everything is numbers, strings, lists, dicts and tensors, so a state file loads 
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -33,7 +33,7 @@ _MAY_CHANGE = (
 def rng_state() -> dict[str, Any]:
     """State of Python's, numpy's and torch's generators (CUDA included) of this rank."""
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = numpy.random.get_state()
+    name, keys, position, has_gauss, cached = cast("tuple[Any, ...]", numpy.random.get_state())
     return {
         "python": [version, list(internal), gauss],
         "numpy": [name, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached],

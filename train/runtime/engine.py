@@ -141,20 +141,16 @@ class GuardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        grads = [
-            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        parameters = [
+            p for group in self.param_groups for p in group["params"] if p.grad is not None
         ]
-        norm = (
-            torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-            if grads
-            else torch.zeros(())
-        )
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self._global_grad_norm = norm.item()
         self.overflow = not bool(torch.isfinite(norm))
         if self.overflow:
             return None
-        if self.clip > 0.0 and self._global_grad_norm > self.clip:
-            torch._foreach_mul_(grads, self.clip / (self._global_grad_norm + 1e-6))
+        if self.clip > 0.0:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         return super().step(closure)
 
 
@@ -332,7 +328,7 @@ def _register_external(module: nn.Module) -> None:
     from deepspeed import zero
 
     for user in module.modules():
-        listed = getattr(user, "external_parameters", None)
+        listed: Any = getattr(user, "external_parameters", None)
         if callable(listed):
             for parameter in listed():
                 zero.register_external_parameter(user, parameter)

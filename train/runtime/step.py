@@ -18,6 +18,8 @@ from train.tasks.base import Losses, StepContext, Task
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+    from models.xvlm import XVLM
+
 __all__ = ["EngineModule", "GateStep", "StepResult", "keyed_generator", "train_step"]
 
 
@@ -35,7 +37,7 @@ class EngineModule(nn.Module):
     Only `student` is a submodule, so only its parameters are cast, partitioned, optimized and saved.
     """
 
-    def __init__(self, student: nn.Module, task: Task, teacher: Any | None = None) -> None:
+    def __init__(self, student: XVLM, task: Task, teacher: Any | None = None) -> None:
         super().__init__()
         self.student = student
         self._unregistered = (task, teacher)
@@ -93,7 +95,8 @@ def train_step(
     """
     result = StepResult()
     micro_steps = engine.gradient_accumulation_steps()
-    bad = torch.zeros((), device=engine.device)
+    device = torch.device(engine.device or "cpu")
+    bad = torch.zeros((), device=device)
     step = context_of(0).step
     if gates is not None:
         gates.begin_step(step, context_of(micro_steps).generator)
@@ -103,7 +106,7 @@ def train_step(
         batch = next(batches)
         result.data_wait += time.perf_counter() - started
         result.samples += batch.rows
-        total, losses = engine(batch.to(engine.device, non_blocking=True), context_of(micro))
+        total, losses = engine(batch.to(device, non_blocking=True), context_of(micro))
         bad_here = _bad_on_any_rank(total)
         _accumulate(result, total, losses, bad_here)
         bad = torch.maximum(bad, bad_here)

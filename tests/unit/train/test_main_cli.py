@@ -12,7 +12,7 @@ from train import main as cli
 
 VERBS = [
     "data", "pretrain", "distill", "finetune", "prune", "launch",
-    "eval", "bench", "predict", "export", "report", "config",
+    "eval", "bench", "predict", "export", "report", "doctor", "config",
 ]  # fmt: skip
 
 
