@@ -328,8 +328,8 @@ def _register_external(module: nn.Module) -> None:
     from deepspeed import zero
 
     for user in module.modules():
-        listed: Any = getattr(user, "external_parameters", None)
-        if callable(listed):
+        if hasattr(user, "external_parameters"):
+            listed: Any = user.external_parameters
             for parameter in listed():
                 zero.register_external_parameter(user, parameter)
 
