@@ -10,8 +10,8 @@ from models import from_pretrained
 from models.pruning.surgery import prune, sparsity_report
 from train.build import Run, build
 from train.config import RunConfig
-from train.recipes_io import dump_run_yaml
 from train.provenance import provenance
+from train.recipes_io import dump_run_yaml
 from train.runtime.distributed import finish, start
 from train.runtime.loop import save_model, train
 
