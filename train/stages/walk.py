@@ -15,14 +15,21 @@ from train.recipes_io import dump_run_yaml
 from train.runtime.distributed import finish, start
 from train.runtime.loop import save_model, train
 
-__all__ = ["walk"]
+__all__ = ["slim_model", "walk"]
 
 _LOG = logging.getLogger(__name__)
 
 
 def walk(config: RunConfig, resume: str) -> int:
-    """Build, resume, train, and leave `model/` in the run directory. Collective over ranks."""
+    """Build, resume, train, and leave `model/` in the run directory. Collective over ranks.
+
+    Returns:
+        0 when done, 75 when a signal stopped the run after a checkpoint.
+    Raises:
+        ValueError, FileNotFoundError: bad input.
+    """
     dist = start()
+    failed = True
     try:
         directory = Path(config.out)
         if dist.rank == 0:
@@ -35,23 +42,24 @@ def walk(config: RunConfig, resume: str) -> int:
             if dist.rank == 0:
                 slim_model(run)
         run.monitor.close()
+        failed = False
         return code
     finally:
-        finish(dist)
+        # After a failure the other ranks may be anywhere: no barrier then.
+        finish(failed)
 
 
 def slim_model(run: Run) -> None:
-    """Cut what the final gates closed: `model/` becomes the smaller model, `dense/` keeps the uncut weights.
+    """Cut what the final gates closed: `model/` becomes the smaller model, `dense/` keeps the rest.
 
     Runs on one rank, on the weights that the loop has just saved.
     """
     assert run.gates is not None
     model_folder, dense_folder = run.directory / "model", run.directory / "dense"
     dense = from_pretrained(model_folder)
-    gates = {name: z.cpu() for name, z in run.gates.structure().items()}
-    slim = prune(dense, gates)
+    slim = prune(dense, {name: z.cpu() for name, z in run.gates.structure().items()})
     dense.save_pretrained(dense_folder, tokenizer=run.tokenizer)
     slim.save_pretrained(model_folder, tokenizer=run.tokenizer)
-    report = sparsity_report(dense, slim)
+    report = sparsity_report(dense, slim, run.gates.prune.modalities)
     (run.directory / "sparsity.json").write_text(json.dumps(report, indent=2) + "\n")
     _LOG.info("slim model written to %s: %s", model_folder, report)
