@@ -37,7 +37,6 @@ DISTRIBUTIONS = (
     "tensorboard",
 )
 FREE_GB = 8.0
-STALE_LOCK_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -257,7 +256,6 @@ def warm() -> int:
     from train.runtime.distributed import choose_accelerator
 
     choose_accelerator()
-    _remove_stale_locks()
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
@@ -270,17 +268,6 @@ def warm() -> int:
     ShareMemCommBuilder().load(verbose=False)
     print(f"espalier: DeepSpeed's CPU helper is ready ({time.monotonic() - started:.0f} s)")
     return 0
-
-
-def _remove_stale_locks() -> None:
-    """torch leaves a lock file behind when a build is killed, and every later build waits for it forever."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in root.glob("**/lock"):
-        if time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS:
-            print(f"espalier: removing the lock of an interrupted build: {lock}")
-            lock.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

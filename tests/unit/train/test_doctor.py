@@ -1,6 +1,5 @@
 """The doctor finds what is there and what is wrong."""
 
-import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -57,16 +56,3 @@ def test_missing_hostfile_is_wrong_usage(
         monkeypatch.setattr(doctor, name, lambda: iter(()))
     assert doctor.main(["--hostfile", "/nowhere/hosts"]) == 2
     assert "/nowhere/hosts does not exist" in capsys.readouterr().err
-
-
-def test_stale_lock_is_removed_and_a_fresh_one_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    old, new = tmp_path / "a" / "lock", tmp_path / "b" / "lock"
-    for lock in (old, new):
-        lock.parent.mkdir()
-        lock.touch()
-    os.utime(old, (1, 1))
-    doctor._remove_stale_locks()
-    assert (old.exists(), new.exists()) == (False, True)
