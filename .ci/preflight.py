@@ -17,7 +17,8 @@ def problems():
     if sys.version_info < MINIMUM:
         wanted = f"{MINIMUM[0]}.{MINIMUM[1]}"
         found.append(
-            f"Python {version} is too old, {wanted} or newer is needed: make PYTHON=python{wanted} ..."
+            f"Python {version} is too old, {wanted} or newer is needed: make PYTHON=python{wanted} "
+            "..."
         )
     # Debian ships venv without ensurepip and fails half-way through.
     if any(importlib.util.find_spec(name) is None for name in ("venv", "ensurepip")):

@@ -1,12 +1,14 @@
 """Does distillation help? The same student with and without its teacher, paired over seeds.
 
-Both runs of a pair start from the same weights (cut from the VQA teacher by the layer map), see the same batches in
-the same order for the same steps and learning rate; without KD the task weight is 1. The difference of their
-accuracies on held-out questions is the gain. Run from the repository root:
+Both runs of a pair start from the same weights (cut from the VQA teacher by the layer map), see the
+same batches in the same order for the same steps and learning rate; without KD the task weight is
+1. The difference of their accuracies on held-out questions is the gain. Run from the repository
+root:
 
     python benchmarks/kd_gain.py --data DIR --steps 150 --seeds 0 1 2
 
-DIR is a folder made by `espalier data blocksworld --image-size 48`; results go to benchmarks/results/kd_gain.json.
+DIR is a folder made by `espalier data blocksworld --image-size 48`; results go to
+benchmarks/results/kd_gain.json.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ def command(args: argparse.Namespace, variant: str, seed: int, init: Path, out: 
 
 
 def cut_student(teacher: Path, out: Path) -> Path:
-    """The half-depth student cut from the teacher, written once, so that both variants start from one file."""
+    """The half-depth student cut from the teacher, written once, so that both variants start from
+    one file.
+    """
     sys.path.insert(0, str(ROOT))
     from models import from_pretrained, presets
     from models.initialise import student_from_teacher

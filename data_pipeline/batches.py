@@ -1,7 +1,8 @@
 """Typed batches: what the loader hands to a training step.
 
 Shape legend: N images, B text rows (rows may share an image), L tokens, M masked slots, A answers,
-P = 1 + patches (the class token comes first). Images are uint8 RGB; they are normalised on the device.
+P = 1 + patches (the class token comes first). Images are uint8 RGB; they are normalised on the
+device.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ class Batch:
 
     Attributes:
         images: (N, 3, H, W) uint8.
-        image_index: (B,) int64, the image of each text row; `arange(N)` when rows and images are one to one.
-        valid: (B,) bool; False marks padding rows, which evaluation adds so that all ranks step equally often.
+        image_index: (B,) int64, the image of each text row; `arange(N)` when rows and images are
+            one to one.
+        valid: (B,) bool; False marks padding rows, which evaluation adds so that all ranks step
+            equally often.
         keys: B sample keys, for provenance and error messages.
     """
 
@@ -56,13 +59,15 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainBatch(Batch):
-    """Image-text pairs, or region rows when `region_mask` is given (X-VLM, section 3 of 2111.08276).
+    """Image-text pairs, or region rows when `region_mask` is given (X-VLM, section 3 of
+    2111.08276).
 
     Attributes:
         text_ids, text_mask: (B, L) int64 / bool, clean text; the mask is True on real tokens.
         mlm_ids: (B, L) int64, the same text with some tokens masked.
         mlm_positions, mlm_labels: (B, M) int64; unused slots have position 0 and label -100.
-        region_mask: (B, P) bool, patches (and class token) that a region row may see; None on a general batch.
+        region_mask: (B, P) bool, patches (and class token) that a region row may see; None on a
+            general batch.
         boxes: (B, 4) float32 in normalised (cx, cy, w, h); None on a general batch.
         is_region: (B,) bool, False on rows that caption the whole image; None on a general batch.
     """
@@ -83,7 +88,8 @@ class VqaBatch(Batch):
 
     Attributes:
         question_ids, question_mask: (B, L) int64 / bool.
-        answer_ids, answer_mask: (A, La) int64 / bool: [CLS] answer tokens [SEP]; A >= B, several per question.
+        answer_ids, answer_mask: (A, La) int64 / bool: [CLS] answer tokens [SEP]; A >= B, several
+            per question.
         answer_row: (A,) int64, the question row of each answer.
         answer_weight: (A,) float32, share of annotators (sums to at most 1 for each question).
         answers: B dicts answer -> weight, as annotated (for metrics and pictures; plain strings).

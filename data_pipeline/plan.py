@@ -196,7 +196,9 @@ class Plan:
         return int(window.shard[inside]), int(window.sample[inside])
 
     def substitute(self, position: int, attempt: int, group: int = 0) -> tuple[int, int]:
-        """(shard, sample) in the place of a bad one: of the same window, and the same at each replay."""
+        """(shard, sample) in the place of a bad one: of the same window, and the same at each
+        replay.
+        """
         window, inside = self._find(position, group)
         if len(window) == 1:
             return int(window.shard[0]), int(window.sample[0])

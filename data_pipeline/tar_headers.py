@@ -1,7 +1,8 @@
-"""Walks tar headers: ustar, PAX path and size, GNU long names, base-256 sizes, every checksum checked.
+"""Walks tar headers: ustar, PAX path and size, GNU long names, base-256 sizes, every checksum
+checked.
 
-Unlike tarfile, nothing may end early without an error: a shard cut at any byte, and a header that was
-overwritten with zeros, are both reported.
+Unlike tarfile, nothing may end early without an error: a shard cut at any byte, and a header that
+was overwritten with zeros, are both reported.
 """
 
 from __future__ import annotations

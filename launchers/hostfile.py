@@ -30,12 +30,14 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is malformed, a host is named twice, or there is no host; names file and line.
+        ValueError: a line is malformed, a host is named twice, or there is no host; names file and
+        line.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"hostfile {path} does not exist; write one line `host slots=N` per machine, or leave --hostfile out"
+            f"hostfile {path} does not exist; write one line `host slots=N` per machine, or leave "
+            "--hostfile out"
         )
     hosts: dict[str, int] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -81,17 +83,21 @@ def _shape(options: argparse.Namespace, hosts: dict[str, int]) -> tuple[int, int
     if rest or not 1 <= nodes <= len(hosts):
         raise ValueError(
             f"-n {total} does not fit {len(hosts)} machines with {per_node} processes each "
-            f"({options.hostfile}); choose a multiple of --per-node, at most {per_node * len(hosts)}"
+            f"({options.hostfile}); choose a multiple of --per-node, at most "
+            f"{per_node * len(hosts)}"
         )
     if per_node > min(slots[:nodes]):
         raise ValueError(
-            f"--per-node {per_node}: a machine in {options.hostfile} has only {min(slots[:nodes])} slots"
+            f"--per-node {per_node}: a machine in {options.hostfile} has only {min(slots[:nodes])} "
+            "slots"
         )
     return nodes, per_node
 
 
 def _environment_file(environment: dict[str, str]) -> str:
-    """Writes KEY=VALUE lines for the other machines: the user's own file first, then what DeepSpeed forgets."""
+    """Writes KEY=VALUE lines for the other machines: the user's own file first, then what DeepSpeed
+    forgets.
+    """
     lines: dict[str, str] = {}
     users = (
         [os.environ["DS_ENV_FILE"]]

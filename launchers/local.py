@@ -1,8 +1,10 @@
-"""One machine: the DeepSpeed launcher in a process group of its own, watched until its last rank is gone.
+"""One machine: the DeepSpeed launcher in a process group of its own, watched until its last rank is
+gone.
 
-Why not simply call it: DeepSpeed 0.19's launcher dies at once of SIGTERM and leaves the ranks running, and its inner
-half passes the signal on to one rank after the other and kills each after 30 s. Ranks save together, so here all of
-them get the signal at the same moment, and the launcher learns the outcome from their exit codes.
+Why not simply call it: DeepSpeed 0.19's launcher dies at once of SIGTERM and leaves the ranks
+running, and its inner half passes the signal on to one rank after the other and kills each after 30
+s. Ranks save together, so here all of them get the signal at the same moment, and the launcher
+learns the outcome from their exit codes.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ def base_environment() -> dict[str, str]:
         path = os.pathsep.join(filter(None, [str(PROJECT), path]))
     environment = {"PYTHONPATH": path}
     if not has_gpu() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        # torch with CUDA on a machine without a GPU: DeepSpeed's launcher would find no device and refuse.
+        # torch with CUDA on a machine without a GPU: DeepSpeed's launcher would find no device and
+        # refuse.
         environment["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
     return environment
 
@@ -69,7 +72,8 @@ def deepspeed_command() -> list[str]:
     found = shutil.which("deepspeed")
     if found is None:
         raise FileNotFoundError(
-            f"no `deepspeed` beside {sys.executable} nor on PATH: install espalier into this environment "
+            f"no `deepspeed` beside {sys.executable} nor on PATH: install espalier into this "
+            "environment "
             "(pip install -e .)"
         )
     return [found]
@@ -84,7 +88,8 @@ def plan(options: argparse.Namespace, job: list[str]) -> Plan:
     if visible and "DS_ACCELERATOR" not in environment and all(part.isdigit() for part in visible):
         if processes > len(visible):
             raise ValueError(
-                f"-n {processes}, but CUDA_VISIBLE_DEVICES shows {len(visible)} GPU: start fewer processes or "
+                f"-n {processes}, but CUDA_VISIBLE_DEVICES shows {len(visible)} GPU: start fewer "
+                "processes or "
                 "show more"
             )
         # --num_accelerators would count from GPU 0 and ignore the choice.
@@ -114,7 +119,8 @@ def _free_port() -> int:
 
 
 def supervise(plan: Plan, restarts: int = 0) -> int:
-    """Runs the plan to its end and returns its exit code; starts it again after a crash, `restarts` times.
+    """Runs the plan to its end and returns its exit code; starts it again after a crash, `restarts`
+    times.
 
     A wrong command (exit 2), a stop (75) and anything after a signal to us are not crashes.
     """
@@ -144,7 +150,9 @@ def _run_once(plan: Plan) -> tuple[int, bool]:
 
 @contextmanager
 def _forwarding(group: int, received: list[int]) -> Iterator[None]:
-    """First signal: every rank gets it (they save and stop). Second: the whole group is told to end. Third: killed."""
+    """First signal: every rank gets it (they save and stop). Second: the whole group is told to
+    end. Third: killed.
+    """
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
@@ -193,7 +201,8 @@ def _members(group: int) -> dict[int, tuple[int, bool]]:
 def rank_processes(group: int) -> list[int]:
     """Ranks of the group: processes with RANK in their environment whose parent has none.
 
-    Their own children (data workers) inherit the variable; a signal would kill them under a rank that still saves.
+    Their own children (data workers) inherit the variable; a signal would kill them under a rank
+    that still saves.
     """
     members = _members(group)
     return [
@@ -204,7 +213,9 @@ def rank_processes(group: int) -> list[int]:
 
 
 def _end_group(group: int) -> None:
-    """No orphans: what is left of the group when its leader is gone gets SIGTERM, and later SIGKILL."""
+    """No orphans: what is left of the group when its leader is gone gets SIGTERM, and later
+    SIGKILL.
+    """
     if not _members(group):
         return
     _send(-group, signal.SIGTERM)

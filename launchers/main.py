@@ -6,7 +6,8 @@
     espalier launch --mpi -n 4 -- distill efficientvlm-4m
     espalier launch --array -n 2 -- distill one.yaml two.yaml three.yaml optim.lr=1e-4
 
-Everything behind `--` is handed to `espalier` on every rank. Exit code 75 (stopped by a signal, checkpoint saved)
+Everything behind `--` is handed to `espalier` on every rank. Exit code 75 (stopped by a signal,
+checkpoint saved)
 is passed through: run the same command again to go on.
 """
 
@@ -109,7 +110,8 @@ def _jobs(options: argparse.Namespace) -> list[list[str]]:
     recipes, rest = command[1:end], command[end:]
     if not recipes:
         raise ValueError(
-            f"--array needs recipes right behind the verb: -- {command[0]} ONE.yaml TWO.yaml [a.b=c ...]"
+            f"--array needs recipes right behind the verb: -- {command[0]} ONE.yaml TWO.yaml "
+            "[a.b=c ...]"
         )
     return [[command[0], recipe, *rest] for recipe in recipes]
 

@@ -1,4 +1,6 @@
-"""mpirun: one process per rank; the ranks find each other through mpi4py (train/runtime/distributed.py)."""
+"""mpirun: one process per rank; the ranks find each other through mpi4py
+(train/runtime/distributed.py).
+"""
 
 from __future__ import annotations
 

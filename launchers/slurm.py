@@ -1,8 +1,8 @@
 """Slurm: srun inside an allocation, an sbatch script outside one.
 
 srun starts the ranks itself, with no launcher in between: the ranks read their number from Slurm
-(train/runtime/distributed.py), and Slurm's warning signal reaches all of them at once. `--signal=TERM@300` has no
-`B:` because that would signal the batch shell instead of the ranks.
+(train/runtime/distributed.py), and Slurm's warning signal reaches all of them at once.
+`--signal=TERM@300` has no `B:` because that would signal the batch shell instead of the ranks.
 """
 
 from __future__ import annotations

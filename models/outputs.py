@@ -15,7 +15,8 @@ __all__ = ["AttentionTrace", "Capture", "EncoderOutput"]
 
 @dataclass(frozen=True)
 class AttentionTrace:
-    """Inputs of one attention, from which a loss can form softmax(scale * q k^T) itself, never the map.
+    """Inputs of one attention, from which a loss can form softmax(scale * q k^T) itself, never the
+    map.
 
     Attributes:
         q: (B, H, Nq, d) before scaling.   k: (B, H, Nk, d).   scale: factor on q k^T.
@@ -35,7 +36,8 @@ class Capture:
     """Which intermediate results a caller wants.
 
     Attributes:
-        hidden: indices of hidden states; 0 is the input of the first layer, i + 1 the output of layer i.
+        hidden: indices of hidden states; 0 is the input of the first layer, i + 1 the output of
+            layer i.
         attention: indices of layers whose self-attention trace is wanted.
         cross_attention: indices of layers whose cross-attention trace is wanted.
     """
@@ -46,7 +48,10 @@ class Capture:
 
     @classmethod
     def of(
-        cls, hidden: Iterable[int] = (), attention: Iterable[int] = (), cross_attention: Iterable[int] = ()
+        cls,
+        hidden: Iterable[int] = (),
+        attention: Iterable[int] = (),
+        cross_attention: Iterable[int] = (),
     ) -> Capture:
         """A capture from any iterables of indices."""
         return cls(frozenset(hidden), frozenset(attention), frozenset(cross_attention))

@@ -1,4 +1,6 @@
-"""Shared by all tests: CPU by default where there is no GPU, one thread, build cache inside the project."""
+"""Shared by all tests: CPU by default where there is no GPU, one thread, build cache inside the
+project.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def _gpus() -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Before anything imports deepspeed: with a CUDA build of torch and no GPU it would pick CUDA and fail.
+    # Before anything imports deepspeed: with a CUDA build of torch and no GPU it would pick CUDA
+    # and fail.
     if _gpus() == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -30,7 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     gpus = _gpus()
     for item in items:
-        # Tests that start processes share the cores: one after the other, also under `pytest -n 2 --dist loadgroup`.
+        # Tests that start processes share the cores: one after the other, also under `pytest -n 2
+        # --dist loadgroup`.
         place = item.path.relative_to(ROOT).parts if item.path.is_relative_to(ROOT) else ()
         several = item.get_closest_marker("world_size") is not None
         if several or place[:2] in (("tests", "distributed"), ("tests", "e2e"), ("tests", "gpu")):

@@ -73,7 +73,8 @@ def tokenizer_folder(config: RunConfig) -> Path:
         folder = Path(config.data.train).parent.parent / "tokenizer"
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder}: no tokenizer there; name one with data.tokenizer=FOLDER (a Hugging Face tokenizer)"
+            f"{folder}: no tokenizer there; name one with data.tokenizer=FOLDER (a Hugging Face "
+            "tokenizer)"
         )
     return folder
 

@@ -1,6 +1,7 @@
 """RunConfig: one typed run file. Every section is a frozen dataclass; an unknown key is an error.
 
-A recipe is YAML with the sections below. `a.b=c` on the command line overrides one key. Values are resolved in
+A recipe is YAML with the sections below. `a.b=c` on the command line overrides one key. Values are
+resolved in
 the order: defaults here, recipe, overrides.
 """
 
@@ -34,13 +35,15 @@ _STRICT = ConfigDict(extra="forbid")
 
 
 class UserError(ValueError):
-    """Bad input from the person at the keyboard: the message names file, key and remedy. Exit code 2, no traceback."""
+    """Bad input from the person at the keyboard: the message names file, key and remedy. Exit code
+    2, no traceback.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RegionConfig:
-    """Region batches (X-VLM). With `probability` a region step runs BEFORE the general step, as its own
-    optimizer step; the learning-rate schedule counts general steps only."""
+    """Region batches (X-VLM). With `probability` a region step runs BEFORE the general step, as its
+    own optimizer step; the learning-rate schedule counts general steps only."""
 
     probability: float = 0.0
     images: int = 48
@@ -57,7 +60,8 @@ class DataConfig:
         train, val: folders made by `espalier data ...` (with manifest.json).
         region: folder for region batches; None uses `train`.
         batch: images per rank and micro-batch.   rows_per_image: questions drawn per image (VQA).
-        max_tokens: text length after padding.   augment: "none", "blocksworld", "pretrain" or "finetune".
+        max_tokens: text length after padding.   augment: "none", "blocksworld", "pretrain" or
+            "finetune".
         window_blocks, block: shuffle window (blocks of samples mixed at a time) and block size.
         faults: "raise", or "skip" (count, record, substitute) for samples that cannot be decoded.
     """
@@ -87,7 +91,8 @@ class InitialiseConfig:
 
     Attributes:
         source: "random", "teacher" (cut by the layer map) or a model folder.
-        vision_map, text_map, fusion_map, decoder_map: teacher layer of each student layer; None is 1, 3, 5, ...
+        vision_map, text_map, fusion_map, decoder_map: teacher layer of each student layer; None is
+            1, 3, 5, ...
     """
 
     source: str = "random"
@@ -114,7 +119,9 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class OptimConfig:
-    """AdamW and its schedule. `new_lr_multiplier` applies to freshly initialised modules (published: 2)."""
+    """AdamW and its schedule. `new_lr_multiplier` applies to freshly initialised modules
+    (published: 2).
+    """
 
     lr: float = 1e-4
     weight_decay: float = 0.01
@@ -129,7 +136,8 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class KdConfig:
-    """Distillation weights (EfficientVLM section 3.2; defaults are the published ones for pre-training).
+    """Distillation weights (EfficientVLM section 3.2; defaults are the published ones for
+    pre-training).
 
     total = task_weight * task + kd_weight * sum of the weighted terms below.
     """
@@ -199,7 +207,8 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class EvalConfig:
-    """Validation during training: every `every` general steps (0: only at the end), on `samples` samples
+    """Validation during training: every `every` general steps (0: only at the end), on `samples`
+    samples
     (0: all). `top_k`: answers kept after the first token when VQA ranks its answer list."""
 
     every: int = 0
@@ -214,9 +223,11 @@ class RunConfig:
 
     Attributes:
         out: run directory.
-        model: preset name, model folder, or inline ModelConfig values of the student (the model being trained).
+        model: preset name, model folder, or inline ModelConfig values of the student (the model
+            being trained).
         loss: weight of each task loss by name; a name left out has weight 1.
-        negatives: ITM hard negatives come from the global batch, or from this rank's rows as published.
+        negatives: ITM hard negatives come from the global batch, or from this rank's rows as
+            published.
     """
 
     stage: Stage

@@ -1,8 +1,9 @@
 """The whole walk on the embedded data set: `python -m train.demo [--out runs/demo] [--quick]`.
 
-Data, distillation with two processes under ZeRO-2, fine-tuning, pruning, slim export, evaluation, bench, and
-a page that compares the models. Every stage is the command line a person would type. A stage that is done is
-skipped on the next run as long as its command, its recipe and the stages before it are the same.
+Data, distillation with two processes under ZeRO-2, fine-tuning, pruning, slim export, evaluation,
+bench, and a page that compares the models. Every stage is the command line a person would type. A
+stage that is done is skipped on the next run as long as its command, its recipe and the stages
+before it are the same.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ class Stage:
     """One command.
 
     Attributes:
-        argv: arguments of `espalier`.   recipe: shipped recipe whose text belongs to the stage's identity.
-        leaves: what it writes, relative to the demo's folder; removed before a start with other settings.
+        argv: arguments of `espalier`.   recipe: shipped recipe whose text belongs to the stage's
+            identity.
+        leaves: what it writes, relative to the demo's folder; removed before a start with other
+            settings.
     """
 
     name: str
@@ -122,7 +125,8 @@ def _training(out: Path, teacher: Path, teacher_vqa: Path, quick: bool) -> list[
 
 
 def _data_stage(out: Path, exclude: Sequence[Path], quick: bool) -> Stage:
-    # 8 questions a scene: 1,500 test scenes are well above the 10,000 questions that the summary promises.
+    # 8 questions a scene: 1,500 test scenes are well above the 10,000 questions that the summary
+    # promises.
     scenes, val, test = (64, 16, 16) if quick else (12_000, 200, 1_500)
     argv = ["data", "blocksworld", "--out", str(out / "data"), "--scenes", str(scenes)]
     argv += ["--val", str(val), "--test", str(test), "--image-size", "48", "--seed", "20250"]
@@ -236,7 +240,9 @@ def _environment() -> dict[str, str]:
 
 
 def _stream(command: Sequence[str], log: Path) -> int:
-    """Run `command`, its output on the screen and in `log`; a signal reaches it and its end is awaited."""
+    """Run `command`, its output on the screen and in `log`; a signal reaches it and its end is
+    awaited.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         file.write(f"$ {' '.join(command)}\n".encode())
@@ -281,8 +287,8 @@ def run_stage(
 ) -> tuple[int, float]:
     """Run one stage, or skip it when its marker says that it is done.
 
-    A stage that was interrupted with the same settings starts on what it left (training resumes from its last
-    checkpoint); with other settings what it left is removed first.
+    A stage that was interrupted with the same settings starts on what it left (training resumes
+    from its last checkpoint); with other settings what it left is removed first.
 
     Returns:
         (exit code, seconds it took, now or when it ran).
@@ -332,9 +338,11 @@ def _types(scores: Mapping[str, float], prefix: str) -> dict[str, float]:
 def summarise(
     scores: Mapping[str, Mapping[str, float]], bench: Mapping[str, Any], seconds: float
 ) -> dict[str, Any]:
-    """summary.json from the evaluations (by model; the teacher's has the blind numbers) and the bench.
+    """summary.json from the evaluations (by model; the teacher's has the blind numbers) and the
+    bench.
 
-    retention: pruned accuracy over the teacher's. speedup: the teacher's median latency over the pruned
+    retention: pruned accuracy over the teacher's. speedup: the teacher's median latency over the
+        pruned
     model's, by batch size. What is beyond these is under "details".
     """
     blind = scores["teacher"]["blind_accuracy"]
@@ -490,12 +498,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _digest_files(folders: Sequence[Path]) -> list[Path]:
-    """The scene digests that ship beside the teachers: their training scenes stay out of the demo's data."""
+    """The scene digests that ship beside the teachers: their training scenes stay out of the demo's
+    data.
+    """
     return sorted({file for folder in folders for file in folder.glob("scenes-*.npy")})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo. Exit code: 0, 75 when stopped by a signal, otherwise that of the stage that failed."""
+    """Run the demo. Exit code: 0, 75 when stopped by a signal, otherwise that of the stage that
+    failed.
+    """
     args = _parser().parse_args(argv)
     out, teachers = args.out.resolve(), (args.teacher.resolve(), args.teacher_vqa.resolve())
     for folder in teachers:

@@ -1,8 +1,8 @@
 """`espalier doctor`: what this machine offers, and what is wrong with it.
 
-Every check prints one line: `ok`, `--` (absent, not needed everywhere) or `BAD` with a remedy. Exit code 1 when
-something is bad. `python -m train.doctor --warm` compiles what DeepSpeed compiles on first use, in one process, so
-that ranks do not all do it at the same time.
+Every check prints one line: `ok`, `--` (absent, not needed everywhere) or `BAD` with a remedy. Exit
+code 1 when something is bad. `python -m train.doctor --warm` compiles what DeepSpeed compiles on
+first use, in one process, so that ranks do not all do it at the same time.
 """
 
 from __future__ import annotations
@@ -186,7 +186,8 @@ def _mpi() -> Iterator[Finding]:
         )
         return
     yield Finding("ok", "mpirun", _first_line([mpirun, "--version"]))
-    # In a process of its own: importing mpi4py.MPI starts MPI and may end the process when libmpi is broken.
+    # In a process of its own: importing mpi4py.MPI starts MPI and may end the process when libmpi
+    # is broken.
     code = "from mpi4py import MPI; print(MPI.Get_library_version().splitlines()[0])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
@@ -252,7 +253,9 @@ def _hosts(hostfile: str) -> Iterator[Finding]:
 
 
 def warm() -> int:
-    """Compiles DeepSpeed's helpers for this machine into TORCH_EXTENSIONS_DIR (45 s each, then cached)."""
+    """Compiles DeepSpeed's helpers for this machine into TORCH_EXTENSIONS_DIR (45 s each, then
+    cached).
+    """
     from train.runtime.distributed import choose_accelerator
 
     choose_accelerator()

@@ -1,7 +1,7 @@
 """The command line: `espalier VERB ...`, the same as `python -m train.main VERB ...`.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or bad input, 75 stopped by a signal with a checkpoint saved.
-Only the verb that is asked for imports its room, so `--help` answers at once.
+Exit codes: 0 done, 1 failed, 2 wrong usage or bad input, 75 stopped by a signal with a checkpoint
+saved. Only the verb that is asked for imports its room, so `--help` answers at once.
 """
 
 from __future__ import annotations

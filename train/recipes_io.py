@@ -1,7 +1,8 @@
 """Recipes: find one, resolve it with `a.b=c` overrides into a RunConfig, and write the result down.
 
-A recipe is YAML with the sections of `train.config.RunConfig`. The order is: defaults, recipe, overrides.
-A finished run's `run.yaml` is a recipe too: its `provenance` section is dropped on reading.
+A recipe is YAML with the sections of `train.config.RunConfig`. The order is: defaults, recipe,
+overrides. A finished run's `run.yaml` is a recipe too: its `provenance` section is dropped on
+reading.
 """
 
 from __future__ import annotations
@@ -151,7 +152,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _section_at(path: list[str]) -> type | None:
-    """The config class that holds the key `path[-1]`, by following the type hints; None where there is none."""
+    """The config class that holds the key `path[-1]`, by following the type hints; None where there
+    is none.
+    """
     here: Any = RunConfig
     for part in path[:-1]:
         hints = typing.get_type_hints(here) if dataclasses.is_dataclass(here) else {}
@@ -212,7 +215,9 @@ def schema() -> dict[str, Any]:
 
 
 def dump_run_yaml(config: RunConfig, path: Path, provenance: dict[str, Any] | None = None) -> None:
-    """Writes `run.yaml`: the resolved configuration, and under `provenance` commit, versions and world size."""
+    """Writes `run.yaml`: the resolved configuration, and under `provenance` commit, versions and
+    world size.
+    """
     values = to_plain(config)
     if provenance:
         values[PROVENANCE] = provenance

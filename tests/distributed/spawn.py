@@ -1,8 +1,9 @@
 """Several ranks inside one test: `run_ranks(function, world_size, *args)`.
 
-Each rank is a fresh process that joins the group with `train.runtime.distributed.start()`, calls the function
-and leaves with `finish()`. The parent owns the rendezvous store, so there is no race for a port. When a rank
-fails, its traceback is the test's failure; when a rank hangs, every rank's stack is.
+Each rank is a fresh process that joins the group with `train.runtime.distributed.start()`, calls
+the function and leaves with `finish()`. The parent owns the rendezvous store, so there is no race
+for a port. When a rank fails, its traceback is the test's failure; when a rank hangs, every rank's
+stack is.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def _reference(function: str | Callable[..., Any]) -> str:
         return function
     if "<" in function.__qualname__:
         raise ValueError(
-            f"{function.__qualname__} cannot be imported by another process; use a module-level function"
+            f"{function.__qualname__} cannot be imported by another process; use a module-level "
+            "function"
         )
     return f"{function.__module__}:{function.__qualname__}"
 
@@ -51,7 +53,8 @@ def _environment(rank: int, world_size: int, port: int, extra: Mapping[str, str]
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        # The parent serves the store: ranks connect as clients (torch's env:// rendezvous honours these two).
+        # The parent serves the store: ranks connect as clients (torch's env:// rendezvous honours
+        # these two).
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "OMP_NUM_THREADS": "1",
@@ -115,7 +118,9 @@ def run_ranks(
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[int]:
-    """Ranks that failed, first one first; after a failure the others get a short grace, as they may be stuck."""
+    """Ranks that failed, first one first; after a failure the others get a short grace, as they may
+    be stuck.
+    """
     deadline = time.monotonic() + seconds
     poller = select.poll()
     ranks = {os.pidfd_open(process.pid): rank for rank, process in enumerate(processes)}

@@ -1,4 +1,6 @@
-"""A tiny stand-in for a run: model, task, loader, monitor. Enough to drive the engine, the loop and checkpoints."""
+"""A tiny stand-in for a run: model, task, loader, monitor. Enough to drive the engine, the loop and
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ class TinyModel(nn.Module):
 
 
 class TinyTask(Task):
-    """Region batches (keys "region") use `rare`; on general steps divisible by 3 it has nothing to do."""
+    """Region batches (keys "region") use `rare`; on general steps divisible by 3 it has nothing to
+    do.
+    """
 
     name = "pretrain"
 
@@ -185,6 +189,8 @@ def tiny_run(config: RunConfig, dist: Distributed, task: Task | None = None) -> 
 
 
 def with_changes(config: RunConfig, **sections: Any) -> RunConfig:
-    """The configuration with keys of whole sections replaced: `with_changes(c, optim={"steps": 3})`."""
+    """The configuration with keys of whole sections replaced: `with_changes(c, optim={"steps":
+    3})`.
+    """
     changed = {n: dataclasses.replace(getattr(config, n), **v) for n, v in sections.items()}
     return dataclasses.replace(config, **changed)

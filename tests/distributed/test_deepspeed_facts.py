@@ -1,6 +1,8 @@
-"""What we rely on in DeepSpeed, pinned. Widen `deepspeed==` in setup.cfg only when this file passes.
+"""What we rely on in DeepSpeed, pinned. Widen `deepspeed==` in setup.cfg only when this file
+passes.
 
-A test here says nothing about our code: it goes red when an upgrade changes a behaviour that our code assumes (or
+A test here says nothing about our code: it goes red when an upgrade changes a behaviour that our
+code assumes (or
 works around: then the workaround can go).
 """
 
@@ -25,7 +27,9 @@ BATCH = 3
 
 
 class TwoHeads(nn.Module):
-    """A trunk and two heads, of which a step may use one. Odd sizes, so that partitions need padding."""
+    """A trunk and two heads, of which a step may use one. Odd sizes, so that partitions need
+    padding.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +167,9 @@ def test_gradient_norm_is_known_above_stage_0(stage: int) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_unused_parameter_keeps_still_below_stage_3(stage: int) -> None:
-    """At stage 3 the previous step's gradient is applied once more: why every head is touched in every step."""
+    """At stage 3 the previous step's gradient is applied once more: why every head is touched in
+    every step.
+    """
     for found in walked(stage):
         still = torch.equal(found["unused"]["second.weight"], found["summed"]["second.weight"])
         assert still == (stage < 3)

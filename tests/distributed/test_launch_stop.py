@@ -1,4 +1,6 @@
-"""The real DeepSpeed launcher under `espalier launch`'s supervision: a signal stops both ranks, 75 comes back."""
+"""The real DeepSpeed launcher under `espalier launch`'s supervision: a signal stops both ranks, 75
+comes back.
+"""
 
 import os
 import signal

@@ -1,6 +1,8 @@
-"""ZeRO stages are bookkeeping: after 20 fp32 steps parameters and Adam moments must be the same at every stage.
+"""ZeRO stages are bookkeeping: after 20 fp32 steps parameters and Adam moments must be the same at
+every stage.
 
-The task has a head that does nothing on every third step, a tied head, and region steps (see stand_in.py).
+The task has a head that does nothing on every third step, a tied head, and region steps (see
+stand_in.py).
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ STAGES = range(4)
 
 
 def _link_moments(zero: Any) -> None:
-    """DeepSpeed 0.19 links Adam moments to parameters before torch's AdamW made any, and finds none."""
+    """DeepSpeed 0.19 links Adam moments to parameters before torch's AdamW made any, and finds
+    none.
+    """
     for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
         for parameter in group:
             if parameter._hp_mapping is not None:

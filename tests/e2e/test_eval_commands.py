@@ -1,4 +1,6 @@
-"""eval, bench, predict, export and report on a tiny data set and tiny models, through the command line."""
+"""eval, bench, predict, export and report on a tiny data set and tiny models, through the command
+line.
+"""
 
 from __future__ import annotations
 

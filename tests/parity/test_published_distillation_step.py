@@ -1,7 +1,9 @@
-"""One whole distillation step equals the published one: every term, the total and all student gradients.
+"""One whole distillation step equals the published one: every term, the total and all student
+gradients.
 
-Weights and inputs are those of the other parity tests; both models score the same listed negatives. Gradients are
-compared by their norm and by their product with a fixed direction, cos(0), cos(1), ...
+Weights and inputs are those of the other parity tests; both models score the same listed negatives.
+Gradients are compared by their norm and by their product with a fixed direction, cos(0), cos(1),
+...
 """
 
 from __future__ import annotations
@@ -83,7 +85,8 @@ def run_step(
     kd = KdConfig(temperature=temperature)
     task = PretrainTask({}, kd, student.config, teacher.config)
     if keep_last:
-        # The published rule drops "index 6", which a two-layer student does not have: nothing is dropped.
+        # The published rule drops "index 6", which a two-layer student does not have: nothing is
+        # dropped.
         assert task.plan is not None
         image = dataclasses.replace(task.plan.image, student_layers=-1)
         task.plan = dataclasses.replace(task.plan, image=image)

@@ -1,9 +1,9 @@
 """Checkpoints that are either complete or not there.
 
-DeepSpeed 0.19 writes `latest` before other ranks have finished, without fsync or checksums. So it only
-writes its shards here; each file is then flushed and hashed, rank 0 writes MANIFEST.json, and after a
-barrier `latest` is replaced. Loading verifies, and walks back to the last valid checkpoint. The folder
-must be shared by all ranks.
+DeepSpeed 0.19 writes `latest` before other ranks have finished, without fsync or checksums. So it
+only writes its shards here; each file is then flushed and hashed, rank 0 writes MANIFEST.json, and
+after a barrier `latest` is replaced. Loading verifies, and walks back to the last valid checkpoint.
+The folder must be shared by all ranks.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def _barrier() -> None:
 
 
 def _from_rank_0(make: Callable[[], Any]) -> Any:
-    """`make()` of rank 0 on every rank; an error there is raised on every rank, so none is left waiting."""
+    """`make()` of rank 0 on every rank; an error there is raised on every rank, so none is left
+    waiting.
+    """
     box: list[Any] = [None, None]
     if _rank() == 0:
         try:
@@ -130,7 +132,8 @@ class CheckpointManager:
         kept = {tag, *complete[: self.keep]}
         for old in self._tags():
             if old not in kept:
-                # Without its manifest first: a crash half-way must not leave something that looks complete.
+                # Without its manifest first: a crash half-way must not leave something that looks
+                # complete.
                 (self.folder / old / manifest.MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(self.folder / old, ignore_errors=True)
 
@@ -155,12 +158,15 @@ class CheckpointManager:
         which: str = "auto",
         check: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any] | None:
-        """Loads engine state and returns this rank's `state`, or None when there is nothing to resume.
+        """Loads engine state and returns this rank's `state`, or None when there is nothing to
+        resume.
 
         Args:
-            which: "auto", "none", or the path of a checkpoint, a checkpoints folder or a run directory.
+            which: "auto", "none", or the path of a checkpoint, a checkpoints folder or a run
+                directory.
             check: called with the manifest before anything is loaded; raises when it does not fit.
-        Raises UserError when no checkpoint is valid, or it belongs to another run, ZeRO stage or world size.
+        Raises UserError when no checkpoint is valid, or it belongs to another run, ZeRO stage or
+        world size.
         """
         if which == "none":
             _from_rank_0(self._set_aside)
@@ -233,18 +239,21 @@ class CheckpointManager:
             and target.parent != self.folder
         ):
             raise UserError(
-                f"{target} belongs to another run ({values['run_id'][:8]}); to start from its weights, "
+                f"{target} belongs to another run ({values['run_id'][:8]}); to start from its "
+                "weights, "
                 f"set model= or initialise.source= to that run's model folder"
             )
         stage, world = engine.zero_optimization_stage(), _world()
         if values["zero_stage"] != stage:
             raise UserError(
-                f"{target} was written at ZeRO stage {values['zero_stage']}, this run uses stage {stage}: "
+                f"{target} was written at ZeRO stage {values['zero_stage']}, this run uses stage "
+                f"{stage}: "
                 f"resume with the old engine.config"
             )
         if values["world_size"] != world and stage > 0:
             raise UserError(
-                f"{target} was written by {values['world_size']} processes, this run has {world}: resume with "
+                f"{target} was written by {values['world_size']} processes, this run has {world}: "
+                "resume with "
                 f"{values['world_size']} (only ZeRO stage 0 can change the number)"
             )
 
@@ -258,7 +267,9 @@ class CheckpointManager:
         return state
 
     def _set_aside(self) -> None:
-        """Starting over keeps the old checkpoints, in a folder of their own, so that a slip costs nothing."""
+        """Starting over keeps the old checkpoints, in a folder of their own, so that a slip costs
+        nothing.
+        """
         if not self._tags() and not (self.folder / _RUN_ID).exists():
             return
         number = 1

@@ -1,4 +1,5 @@
-"""MANIFEST.json: what a complete checkpoint consists of. It is written last, so its presence means completeness.
+"""MANIFEST.json: what a complete checkpoint consists of. It is written last, so its presence means
+completeness.
 
 {"version": 1, "run_id", "step", "world_size", "zero_stage", "config": {...},
  "files": {NAME: {"bytes": n, "sha256": hex}}}
@@ -31,7 +32,9 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that a crash leaves the old or the new one: temporary, fsync, rename, fsync of the folder."""
+    """Writes a file so that a crash leaves the old or the new one: temporary, fsync, rename, fsync
+    of the folder.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -54,7 +57,9 @@ def write(folder: Path, values: dict[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest, unverified. Raises ManifestError when there is none or it is no manifest of ours."""
+    """The manifest, unverified. Raises ManifestError when there is none or it is no manifest of
+    ours.
+    """
     path = folder / MANIFEST
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -1,6 +1,8 @@
-"""The one home of state outside DeepSpeed: random generators, gates, data positions, counters, configuration.
+"""The one home of state outside DeepSpeed: random generators, gates, data positions, counters,
+configuration.
 
-Everything is numbers, strings, lists, dicts and tensors, so a state file loads with `weights_only=True`.
+Everything is numbers, strings, lists, dicts and tensors, so a state file loads with
+`weights_only=True`.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ def check_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
     if differing:
         lines = "; ".join(f"{key}: {saved.get(key)!r} -> {current.get(key)!r}" for key in differing)
         raise UserError(
-            f"the checkpoint was written with another configuration ({lines}); put the old values back, choose "
+            f"the checkpoint was written with another configuration ({lines}); put the old values "
+            "back, choose "
             f"another out=, or start over with --resume none"
         )
 
@@ -82,7 +85,9 @@ def collect(
     region_loader: Any = None,
     gates: Any = None,
 ) -> dict[str, Any]:
-    """State of this rank after `step` applied general steps. All but `rng` is the same on every rank."""
+    """State of this rank after `step` applied general steps. All but `rng` is the same on every
+    rank.
+    """
     return {
         "version": VERSION,
         "step": step,
@@ -98,10 +103,13 @@ def collect(
 def restore(
     state: dict[str, Any], *, loader: Any, region_loader: Any = None, gates: Any = None
 ) -> None:
-    """Puts a state of `collect` back (not the counters: the loop owns them). Raises UserError on another version."""
+    """Puts a state of `collect` back (not the counters: the loop owns them). Raises UserError on
+    another version.
+    """
     if state.get("version") != VERSION:
         raise UserError(
-            f"the checkpoint's state has version {state.get('version')!r}, this program reads {VERSION}"
+            f"the checkpoint's state has version {state.get('version')!r}, this program reads "
+            f"{VERSION}"
         )
     loader.load_state_dict(state["loader"])
     if region_loader is not None and state["region_loader"] is not None:

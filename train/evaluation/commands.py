@@ -32,7 +32,8 @@ _EXAMPLES = {
     "eval": "espalier eval runs/demo/pruned --task vqa --data data/blocksworld --json accuracy.json",
     "bench": "espalier bench TEACHER STUDENT PRUNED --batch 1,32 --repeats 40 --json latency.json",
     "predict": (
-        "espalier predict runs/demo/pruned --task vqa --image photo.png --text 'how many circles are there?'"
+        "espalier predict runs/demo/pruned --task vqa --image photo.png --text 'how many circles "
+        "are there?'"
     ),
 }
 
@@ -116,7 +117,9 @@ def add_parsers(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the verb that `args` names. Returns the exit code; bad input raises ValueError/FileNotFoundError."""
+    """Run the verb that `args` names. Returns the exit code; bad input raises
+    ValueError/FileNotFoundError.
+    """
     import torch
 
     if args.threads is not None:
@@ -137,14 +140,17 @@ def _write(path: Path | None, values: Mapping[str, Any]) -> None:
 
 
 def find_split(data: Path, task: str, split: str) -> Path:
-    """Folder of one split: DATA/TASK/SPLIT, DATA/SPLIT, or DATA itself if it is a split. FileNotFoundError."""
+    """Folder of one split: DATA/TASK/SPLIT, DATA/SPLIT, or DATA itself if it is a split.
+    FileNotFoundError.
+    """
     for folder in (data / task / split, data / split):
         if (folder / "manifest.json").is_file():
             return folder
     if (data / "manifest.json").is_file() and data.name == split:
         return data
     raise FileNotFoundError(
-        f"{data}: no {task}/{split}/manifest.json below it; make it with espalier data, or name another --split"
+        f"{data}: no {task}/{split}/manifest.json below it; make it with espalier data, or name "
+        "another --split"
     )
 
 
@@ -297,7 +303,8 @@ def bench(
     """Latency, parameters, MACs and memory of model folders by name.
 
     Returns:
-        {"models": {name: {"latency", "parameters", "macs", "weights_bytes"}}, "device", "threads", ...}.
+        {"models": {name: {"latency", "parameters", "macs", "weights_bytes"}}, "device", "threads",
+        ...}.
     """
     import torch
 
@@ -365,7 +372,8 @@ def _bench(args: argparse.Namespace) -> int:
     )
     if len(names) != len(args.models) or len(set(names)) != len(names):
         raise ValueError(
-            f"{len(args.models)} models need as many different names, got {', '.join(names)}; use --names A,B"
+            f"{len(args.models)} models need as many different names, got {', '.join(names)}; use "
+            "--names A,B"
         )
     if args.repeats < 2:
         raise ValueError(f"--repeats {args.repeats}: at least 2 are needed for quartiles")
@@ -394,7 +402,8 @@ def _bench(args: argparse.Namespace) -> int:
         for batch, row in model["latency"].items():
             print(
                 f"  batch {batch:>4s}  {row['median']:9.2f} ms  "
-                f"(quartiles {row['q1']:.2f} to {row['q3']:.2f})  {row['rows_per_s']:9.1f} questions/s"
+                f"(quartiles {row['q1']:.2f} to {row['q3']:.2f})  {row['rows_per_s']:9.1f} "
+                "questions/s"
             )
     return 0
 
@@ -408,7 +417,9 @@ def predict(
     top_k: int = 128,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """vqa: {"answer"}; retrieval: {"score"} in 0..1; grounding: {"box": [x, y, w, h]} in pixels of the file."""
+    """vqa: {"answer"}; retrieval: {"score"} in 0..1; grounding: {"box": [x, y, w, h]} in pixels of
+    the file.
+    """
     import torch
 
     from data_pipeline.text import clean_text, load_tokenizer

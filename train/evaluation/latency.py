@@ -30,8 +30,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each call, `repeats` of them, taken in turns.
 
-    Each round runs every call once and starts with another one, so that a busy moment of the machine, its
-    temperature or a neighbour's caches hit all of them alike.
+    Each round runs every call once and starts with another one, so that a busy moment of the
+    machine, its temperature or a neighbour's caches hit all of them alike.
     """
     for _, call in calls:
         for _ in range(warm_up):
@@ -64,7 +64,9 @@ def summarise(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def synthetic_answers(count: int, vocabulary: int) -> AnswerList:
-    """`count` answers of one token each between two marks; time does not depend on which tokens they are."""
+    """`count` answers of one token each between two marks; time does not depend on which tokens
+    they are.
+    """
     from train.evaluation.vqa import AnswerList
 
     ids = torch.stack(
@@ -83,7 +85,9 @@ def synthetic_batch(
     seed: int = 0,
     vocabulary: int = 1000,
 ) -> VqaBatch:
-    """`batch` random pictures with one question of `text_tokens` tokens each; time does not depend on the values."""
+    """`batch` random pictures with one question of `text_tokens` tokens each; time does not depend
+    on the values.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (batch, text_tokens), generator=generator)
     ids[:, 0] = answers.ids[0, 0]
@@ -132,7 +136,8 @@ def measure(
     """Latency of image and question in, answer out, in the models' own dtype (fp32 on the CPU).
 
     Returns:
-        name -> batch size as a string -> {"median", "q1", "q3" in ms, "repeats", "rows_per_s", "seconds": [...]}.
+        name -> batch size as a string -> {"median", "q1", "q3" in ms, "repeats", "rows_per_s",
+        "seconds": [...]}.
     Raises ValueError where two models have one name.
     """
     from train.evaluation.vqa import rank_answers
@@ -145,7 +150,8 @@ def measure(
     placed, result = answers.to(device), {name: {} for name in names}
 
     def call(model: XVLM, batch: VqaBatch) -> Callable[[], object]:
-        # .tolist() brings the answer out, so that a queue on an accelerator is not mistaken for an answer.
+        # .tolist() brings the answer out, so that a queue on an accelerator is not mistaken for an
+        # answer.
         return lambda: rank_answers(model, batch, placed, top_k).tolist()
 
     with _threads(threads), torch.inference_mode():

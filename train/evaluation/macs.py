@@ -1,7 +1,7 @@
 """Multiply-accumulates of one answered question, per part, from a configuration alone.
 
-Counted are matrix products and the patch convolution, as torch's FlopCounterMode does (two flops are one MAC);
-embeddings, norms, activations and softmax are left out.
+Counted are matrix products and the patch convolution, as torch's FlopCounterMode does (two flops
+are one MAC); embeddings, norms, activations and softmax are left out.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def count_macs(
 
     Args:
         resolution: picture side in px; None is the configured one.
-        answer_tokens: decoder inputs per candidate ([CLS] and the answer; its [SEP] is only predicted).
+        answer_tokens: decoder inputs per candidate ([CLS] and the answer; its [SEP] is only
+            predicted).
         top_k: candidates whose whole sequence is scored, after one first-token pass.
     """
     resolution = config.vision.image_size if resolution is None else resolution

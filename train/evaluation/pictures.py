@@ -28,7 +28,8 @@ def vqa_pictures(
     count: int = 16,
     top_k: int = 128,
 ) -> None:
-    """Write up to `count` held-out questions with the model's answers, the first question of each image.
+    """Write up to `count` held-out questions with the model's answers, the first question of each
+    image.
 
     Every rank runs the same forward (ZeRO-3 gathers parameters in it); rank 0 writes.
     """

@@ -26,10 +26,13 @@ class Evaluates(Protocol):
 
 
 def _reduce(sums: dict[str, list[float]], world_size: int) -> dict[str, list[float]]:
-    """Add the sums of all ranks. Names may differ (a rank may miss a question type), so objects are gathered."""
+    """Add the sums of all ranks. Names may differ (a rank may miss a question type), so objects are
+    gathered.
+    """
     if world_size == 1:
         return sums
-    # Every rank comes here once per evaluation, after its loop: loaders give all ranks equally many batches.
+    # Every rank comes here once per evaluation, after its loop: loaders give all ranks equally many
+    # batches.
     gathered: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(gathered, {name: list(pair) for name, pair in sums.items()})
     total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -46,7 +49,8 @@ def evaluate(
     """Mean of every metric over all ranks' valid rows, and "NAME_count" of the ungrouped ones.
 
     Args:
-        task: gives name -> (sum, count) per batch; "accuracy/colour" is a metric grouped by question type.
+        task: gives name -> (sum, count) per batch; "accuracy/colour" is a metric grouped by
+            question type.
         loader: one pass; every sample once over all ranks.
         dist: has .rank, .world_size, .device; None is one process on the model's device.
     The model is in eval mode meanwhile and gets its mode back.

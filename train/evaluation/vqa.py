@@ -1,6 +1,7 @@
 """Visual question answering: ranking a list of answers, scoring, and the language-only baseline.
 
-Shape legend: N images, B questions, L question tokens, A answers in the list, La answer tokens, K candidates kept.
+Shape legend: N images, B questions, L question tokens, A answers in the list, La answer tokens, K
+candidates kept.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ __all__ = [
     "vqa_score",
 ]
 
-# Logits of one decoder call are (rows, La, vocabulary); above this many elements the rows go in several calls.
+# Logits of one decoder call are (rows, La, vocabulary); above this many elements the rows go in
+# several calls.
 _MAX_LOGITS = 1 << 28
 
 
@@ -52,7 +54,9 @@ class AnswerList:
 
     @classmethod
     def of(cls, strings: Iterable[str], tokenizer: Any) -> AnswerList:
-        """Tokenise `strings` with a transformers tokenizer. Raises ValueError on an empty list or answer."""
+        """Tokenise `strings` with a transformers tokenizer. Raises ValueError on an empty list or
+        answer.
+        """
         kept = tuple(strings)
         if not kept:
             raise ValueError("the answer list is empty")
@@ -65,7 +69,8 @@ class AnswerList:
 
     @classmethod
     def load(cls, source: Path | str, tokenizer: Any) -> AnswerList:
-        """From a JSON list of strings, or from a folder at or above whose level `answers.json` lies.
+        """From a JSON list of strings, or from a folder at or above whose level `answers.json`
+        lies.
 
         Raises FileNotFoundError where there is none, ValueError where it is not a list of strings.
         """
@@ -103,7 +108,8 @@ def _sequence_log_likelihood(
     inputs, targets = ids[:, :-1], ids[:, 1:]
     wanted = mask[:, 1:]
     logits = model.decode(inputs, mask[:, :-1], states, seen).logits
-    # cross_entropy reduces inside one kernel; a gathered log_softmax would hold a second (R, La, V) tensor.
+    # cross_entropy reduces inside one kernel; a gathered log_softmax would hold a second (R, La, V)
+    # tensor.
     loss = torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), reduction="none"
     )
@@ -115,9 +121,11 @@ def rank_answers(
 ) -> Tensor:
     """(B,) int64 index into `answers` of the most likely answer of each question.
 
-    The first token's probability selects `top_k` candidates, their whole sequences are then compared
-    (EfficientVLM's VQA evaluation, after ALBEF). `published` adds log p(first token) a second time to each
-    candidate, as the reference does. Images are encoded once each, whatever the number of questions.
+    The first token's probability selects `top_k` candidates, their whole sequences are then
+    compared
+    (EfficientVLM's VQA evaluation, after ALBEF). `published` adds log p(first token) a second time
+    to each candidate, as the reference does. Images are encoded once each, whatever the number of
+    questions.
     """
     images = model.encode_image(batch.images).last
     fused = model.multimodal(
@@ -161,7 +169,8 @@ def vqa_score(
 
     Args:
         answers: answer -> share of annotators.
-        annotators: None: the weight of the matching answer. A number (10 for VQA 2.0): min(matches / 3, 1).
+        annotators: None: the weight of the matching answer. A number (10 for VQA 2.0): min(matches
+            / 3, 1).
     """
     wanted = normalise(prediction)
     weight = sum(share for answer, share in answers.items() if normalise(answer) == wanted)
@@ -219,9 +228,9 @@ _ENOUGH = 20.0  # training questions with the same words from which their majori
 class BlindBaseline:
     """The majority answer of each question, learned from the training split without any picture.
 
-    The guess is the most frequent training answer to the same words where they are frequent enough, else to
-    the same template, else to the same type, else of all (as the data set's builder counts it). An accuracy
-    means little without this number beside it.
+    The guess is the most frequent training answer to the same words where they are frequent enough,
+    else to the same template, else to the same type, else of all (as the data set's builder counts
+    it). An accuracy means little without this number beside it.
 
     Attributes:
         template: question -> its template; None treats each wording as its own.
@@ -258,7 +267,9 @@ class BlindBaseline:
         questions: Iterable[tuple[str, str, Mapping[str, float]]],
         annotators: int | None = None,
     ) -> dict[str, float]:
-        """Accuracy over (question, type, answers): "blind_accuracy", "blind_accuracy/TYPE" and "questions"."""
+        """Accuracy over (question, type, answers): "blind_accuracy", "blind_accuracy/TYPE" and
+        "questions".
+        """
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for question, kind, answers in questions:
             got = vqa_score(self.predict(question, kind), answers, annotators)

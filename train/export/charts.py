@@ -1,4 +1,5 @@
-"""Small charts as SVG text: points, lines, grouped bars and kept-share bars. No network, no scripts, no fonts.
+"""Small charts as SVG text: points, lines, grouped bars and kept-share bars. No network, no
+scripts, no fonts.
 
 Every chart carries a description for readers who cannot see it.
 """
@@ -38,7 +39,9 @@ class Point:
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers covering [low, high], about `count` of them, 1, 2 or 5 times a power of ten apart."""
+    """Round numbers covering [low, high], about `count` of them, 1, 2 or 5 times a power of ten
+    apart.
+    """
     if not math.isfinite(low) or not math.isfinite(high):
         return [0.0, 1.0]
     if high <= low:
@@ -161,7 +164,9 @@ def points(data: Sequence[Point], x_label: str, y_label: str, label: str) -> str
 
 
 def _thin(values: Sequence[tuple[float, float]], most: int = 400) -> list[tuple[float, float]]:
-    """At most `most` points, each the mean of a run of them: a page stays small and a curve readable."""
+    """At most `most` points, each the mean of a run of them: a page stays small and a curve
+    readable.
+    """
     if len(values) <= most:
         return list(values)
     size = math.ceil(len(values) / most)

@@ -1,4 +1,6 @@
-"""What a report page needs, read from run directories; every file is optional except the directory itself."""
+"""What a report page needs, read from run directories; every file is optional except the directory
+itself.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ class Collected:
 
 
 def read_metrics(path: Path) -> tuple[dict[str, Any], ...]:
-    """Records of metrics.jsonl in step order; the later record wins where a resumed run wrote a step twice.
+    """Records of metrics.jsonl in step order; the later record wins where a resumed run wrote a
+    step twice.
 
     A last line that was cut off by a kill is left out. Raises ValueError on any other broken line.
     """
@@ -127,7 +130,8 @@ def kept_widths(pruned: ModelConfig, dense: ModelConfig) -> Kept:
         }
     except ValueError as error:
         raise ValueError(
-            f"models {pruned.name!r} and {dense.name!r} differ in depth; one is not the other pruned"
+            f"models {pruned.name!r} and {dense.name!r} differ in depth; one is not the other "
+            "pruned"
         ) from error
 
 

@@ -46,7 +46,9 @@ def add_parsers(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the verb that `args` names. Returns the exit code; bad input raises ValueError/FileNotFoundError."""
+    """Run the verb that `args` names. Returns the exit code; bad input raises
+    ValueError/FileNotFoundError.
+    """
     return {"export": _export, "report": _report}[args.export_verb](args)
 
 
@@ -77,7 +79,8 @@ def _export(args: argparse.Namespace) -> int:
     facts = Facts.of_run(args.model, metrics, dense)
     done = export_safetensors(args.model, args.out, args.dtype, facts, args.tokenizer)
     print(
-        f"{args.out}: {done['parameters']:,} parameters, {done['bytes'] / 1e6:.2f} MB in {done['dtype']}"
+        f"{args.out}: {done['parameters']:,} parameters, {done['bytes'] / 1e6:.2f} MB in "
+        f"{done['dtype']}"
     )
     return 0
 

@@ -1,4 +1,6 @@
-"""One self-contained HTML page about runs: no network, no scripts; charts are inline SVG, pictures data URIs."""
+"""One self-contained HTML page about runs: no network, no scripts; charts are inline SVG, pictures
+data URIs.
+"""
 
 from __future__ import annotations
 

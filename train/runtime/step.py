@@ -1,4 +1,6 @@
-"""One optimizer step: micro-batches through the engine, one summed backward each, and what came of it."""
+"""One optimizer step: micro-batches through the engine, one summed backward each, and what came of
+it.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,11 @@ class GateStep(Protocol):
 
 
 class EngineModule(nn.Module):
-    """What DeepSpeed wraps: the student, and around it the task and the teacher, which it must not see.
+    """What DeepSpeed wraps: the student, and around it the task and the teacher, which it must not
+    see.
 
-    Only `student` is a submodule, so only its parameters are cast, partitioned, optimized and saved.
+    Only `student` is a submodule, so only its parameters are cast, partitioned, optimized and
+    saved.
     """
 
     def __init__(self, student: XVLM, task: Task, teacher: Any | None = None) -> None:
@@ -45,8 +49,9 @@ class EngineModule(nn.Module):
     def forward(self, batch: Batch, context: StepContext) -> tuple[Tensor, Losses]:
         """The total and its terms.
 
-        The total is returned as a tensor of its own: DeepSpeed 0.19 hangs the work before a backward (the
-        accumulation boundary among it) on tensors it finds in the output, and it does not look into dataclasses.
+        The total is returned as a tensor of its own: DeepSpeed 0.19 hangs the work before a
+        backward (the accumulation boundary among it) on tensors it finds in the output, and it does
+        not look into dataclasses.
         """
         task, teacher = self._unregistered
         losses = task.losses(self.student, teacher, batch, context)
@@ -62,7 +67,8 @@ class StepResult:
         finite: the total loss was finite on every rank in every micro-batch.
         samples: text rows of all micro-batches on this rank.
         data_wait: seconds spent waiting for batches.
-        sums, counts: detached sums over finite micro-batches, by "loss.NAME" and "metrics.NAME"; on the device.
+        sums, counts: detached sums over finite micro-batches, by "loss.NAME" and "metrics.NAME"; on
+            the device.
     """
 
     applied: bool = False
@@ -75,7 +81,9 @@ class StepResult:
 
 
 def keyed_generator(seed: int, *key: int | str) -> torch.Generator:
-    """A CPU generator that depends on (seed, key) only, so all ranks and a resumed run draw the same numbers."""
+    """A CPU generator that depends on (seed, key) only, so all ranks and a resumed run draw the
+    same numbers.
+    """
     text = ":".join(str(part) for part in (seed, *key))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     generator = torch.Generator()
@@ -91,7 +99,8 @@ def train_step(
 ) -> StepResult:
     """One optimizer step of `engine.gradient_accumulation_steps()` micro-batches.
 
-    `context_of(micro)` gives the context of each. Collective: all ranks call it with the same contexts.
+    `context_of(micro)` gives the context of each. Collective: all ranks call it with the same
+    contexts.
     """
     result = StepResult()
     micro_steps = engine.gradient_accumulation_steps()
@@ -110,8 +119,8 @@ def train_step(
         bad_here = _bad_on_any_rank(total)
         _accumulate(result, total, losses, bad_here)
         bad = torch.maximum(bad, bad_here)
-        # One NaN anywhere makes every gradient NaN everywhere, and DeepSpeed skips such a step on all ranks alike:
-        # no rank decides alone, and the flag need not be read before the backward.
+        # One NaN anywhere makes every gradient NaN everywhere, and DeepSpeed skips such a step on
+        # all ranks alike: no rank decides alone, and the flag need not be read before the backward.
         engine.backward(total * torch.where(bad_here > 0, torch.nan, 1.0))
         engine.step()
     result.finite = bad.item() == 0.0

@@ -1,7 +1,7 @@
 """The frozen teacher: evaluation mode, no gradients, half precision where the device is fast at it.
 
-It is replicated on every rank and never a submodule of what the engine wraps, so it is in no optimizer and
-in no checkpoint.
+It is replicated on every rank and never a submodule of what the engine wraps, so it is in no
+optimizer and in no checkpoint.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class Teacher:
         if self.backend == "deepspeed":
             import deepspeed  # after DS_ACCELERATOR has been set
 
-            # No kernel injection: it swaps layer classes of Hugging Face BERT only, drops cross-attention
-            # and never returns attention inputs. The engine casts, places and (on CUDA) can capture graphs.
+            # No kernel injection: it swaps layer classes of Hugging Face BERT only, drops
+            # cross-attention and never returns attention inputs. The engine casts, places and (on
+            # CUDA) can capture graphs.
             model = deepspeed.init_inference(model, dtype=dtype).module
         self.model = model.to(device=device, dtype=dtype)
         _LOG.info("teacher: %s, %s, backend %s", model.config.name, dtype, self.backend)
@@ -69,7 +70,9 @@ class Teacher:
 
     @classmethod
     def load(cls, config: TeacherConfig, device: torch.device) -> Teacher:
-        """Raises FileNotFoundError when `teacher.path` holds no model, ValueError when it is not given."""
+        """Raises FileNotFoundError when `teacher.path` holds no model, ValueError when it is not
+        given.
+        """
         if config.path is None:
             raise ValueError("teacher.path: this stage distils and needs a teacher model folder")
         model = from_pretrained(Path(config.path))

@@ -1,4 +1,6 @@
-"""What must hold between sections of a run file: errors before anything is built, warnings for dead keys."""
+"""What must hold between sections of a run file: errors before anything is built, warnings for dead
+keys.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ _TERMS = {"pretrain": ("itc", "itm", "mlm", "box_l1", "box_giou"), "vqa": ("answ
 
 
 def check_stage(config: RunConfig) -> None:
-    """Raises ValueError on contradictions; logs a warning for every section without effect in this stage."""
+    """Raises ValueError on contradictions; logs a warning for every section without effect in this
+    stage.
+    """
     needs_task = {"pretrain": "pretrain", "distill": "pretrain"}.get(config.stage)
     if needs_task is not None and config.task != needs_task:
         raise ValueError(
@@ -42,7 +46,8 @@ def check_stage(config: RunConfig) -> None:
         freeze = config.prune.freeze_step
         if freeze is not None and freeze > config.optim.steps:
             raise ValueError(
-                f"prune.freeze_step: {freeze} lies after the last step (optim.steps={config.optim.steps})"
+                f"prune.freeze_step: {freeze} lies after the last step "
+                f"(optim.steps={config.optim.steps})"
             )
     if config.teacher.path is None and config.kd != KdConfig():
         _LOG.warning("kd: has no effect without teacher.path")

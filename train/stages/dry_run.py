@@ -40,15 +40,18 @@ def _teacher_config(config: RunConfig, form: str) -> ModelConfig | None:
 def _activation_bytes(model: ModelConfig, rows: int, text_tokens: int, element: int) -> int:
     """Activations kept for backward, without recomputation, attention fused (no N x N maps).
 
-    Per token and layer an attention block keeps its input, norm, q, k, v, context and output (7 widths) and
-    an MLP its norm, two FFN widths and output: an estimate by counting tensors, good to about a third.
+    Per token and layer an attention block keeps its input, norm, q, k, v, context and output (7
+    widths) and
+    an MLP its norm, two FFN widths and output: an estimate by counting tensors, good to about a
+    third.
     """
     vision, text = model.vision, model.text
     total = 0
     for heads, ffn in zip(vision.heads, vision.ffn, strict=True):
         width = 4 * vision.width + 4 * heads * vision.head_dim + 2 * vision.width + 2 * ffn
         total += rows * vision.tokens * width
-    # Text once; fusion for B positive, 2B negative and B MLM rows in pre-training, B in a downstream task.
+    # Text once; fusion for B positive, 2B negative and B MLM rows in pre-training, B in a
+    # downstream task.
     passes = (2, 5) if model.form == "pretrain" else (1, 1)
     for layer, (heads, ffn) in enumerate(zip(text.heads, text.ffn, strict=True)):
         width = 4 * text.width + 4 * heads * text.head_dim + 2 * text.width + 2 * ffn
@@ -65,9 +68,11 @@ def _activation_bytes(model: ModelConfig, rows: int, text_tokens: int, element: 
 def memory_estimate(
     config: RunConfig, student: ModelConfig, parameters: int, teacher_parameters: int, ranks: int
 ) -> dict[str, int]:
-    """Bytes on each device: parameters, gradients, optimizer, activations of the student, teacher weights.
+    """Bytes on each device: parameters, gradients, optimizer, activations of the student, teacher
+    weights.
 
-    fp32 parameters with Adam: 4 + 4 + 8 bytes, sharded as the ZeRO stage says; fp16 mode adds a half copy.
+    fp32 parameters with Adam: 4 + 4 + 8 bytes, sharded as the ZeRO stage says; fp16 mode adds a
+    half copy.
     """
     stage = zero_stage(engine_settings(config))
     half = config.engine.precision == "fp16"

@@ -1,4 +1,6 @@
-"""What a task is: it turns (student, teacher, batch) into named losses, and a model's outputs into metrics."""
+"""What a task is: it turns (student, teacher, batch) into named losses, and a model's outputs into
+metrics.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ __all__ = ["Losses", "StepContext", "Task"]
 
 @dataclass(frozen=True)
 class StepContext:
-    """Where a step stands. `generator` (CPU) is keyed by (seed, step): every rank draws the same numbers from it."""
+    """Where a step stands. `generator` (CPU) is keyed by (seed, step): every rank draws the same
+    numbers from it.
+    """
 
     step: int
     rank: int
@@ -36,7 +40,8 @@ class Losses:
         terms: name -> scalar tensor, raw.
         weights: name -> factor in the total; every term has one.
         metrics: name -> scalar tensor that is logged and not trained on (accuracies, counts).
-        touch: zero-valued scalar that depends on every parameter the terms do not (ZeRO needs a gradient for each).
+        touch: zero-valued scalar that depends on every parameter the terms do not (ZeRO needs a
+            gradient for each).
     """
 
     terms: dict[str, Tensor]
@@ -60,8 +65,12 @@ class Task(ABC):
     def losses(
         self, student: XVLM, teacher: Teacher | None, batch: Batch, context: StepContext
     ) -> Losses:
-        """Losses of one micro-batch. Runs inside the engine's forward, on every rank with the same calls."""
+        """Losses of one micro-batch. Runs inside the engine's forward, on every rank with the same
+        calls.
+        """
 
     @abstractmethod
     def evaluate(self, model: XVLM, batch: Batch) -> dict[str, Any]:
-        """Sums over the batch's valid rows: name -> (sum, count) as tensors; the runner adds them over ranks."""
+        """Sums over the batch's valid rows: name -> (sum, count) as tensors; the runner adds them
+        over ranks.
+        """

@@ -1,4 +1,6 @@
-"""What every task does when it distils: which layers pair up in which pass, and the terms of one pass."""
+"""What every task does when it distils: which layers pair up in which pass, and the terms of one
+pass.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ __all__ = ["capture", "pass_terms", "rows", "upper_part"]
 
 
 def upper_part(whole: LayerPairs, first: int) -> LayerPairs:
-    """The pairs of a pass from student layer `first` up; the state that enters it belongs to the lower part."""
+    """The pairs of a pass from student layer `first` up; the state that enters it belongs to the
+    lower part.
+    """
     return replace(
         whole,
         hidden=tuple(pair for pair in whole.hidden if pair[0] > first),
@@ -69,7 +73,8 @@ def pass_terms(
     drop_last: bool = False,
     cross: bool = False,
 ) -> dict[str, Tensor]:
-    """Raw terms of one pass: "hidden", and "attention" (self-attention, plus cross-attention with `cross`).
+    """Raw terms of one pass: "hidden", and "attention" (self-attention, plus cross-attention with
+    `cross`).
 
     drop_last: image states, whose last one lies before the final norm (published).
     """

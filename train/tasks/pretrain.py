@@ -1,7 +1,8 @@
 """Pre-training: ITC + ITM + MLM (+ boxes on region batches), and what a teacher adds to them.
 
-EfficientVLM (2210.07795) section 3; X-VLM (2111.08276) section 3. The published code drew hard negatives for
-teacher and student separately; here they are drawn once, from the global batch, and both models score them.
+EfficientVLM (2210.07795) section 3; X-VLM (2111.08276) section 3. The published code drew hard
+negatives for teacher and student separately; here they are drawn once, from the global batch, and
+both models score them.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class PretrainTask(Task):
         self.plan = None if teacher is None else _Plan.between(student, teacher)
         self.global_negatives = global_negatives
 
-    # -- one model's passes ------------------------------------------------------------------------------
+    # -- one model's passes
+    # ------------------------------------------------------------------------------
 
     def _capture(self, side: str, kind: str) -> Capture:
         if self.plan is None:
@@ -108,7 +110,9 @@ class PretrainTask(Task):
     def _match(
         self, model: XVLM, done: _Pass, batch: PretrainBatch, negatives: vl.HardNegatives, side: str
     ) -> None:
-        """ITM on B matched pairs, B with another image, B with another text: one fusion pass of 3B rows."""
+        """ITM on B matched pairs, B with another image, B with another text: one fusion pass of 3B
+        rows.
+        """
         image_for_text, text_for_image = negatives
         gather = all_gather_with_grad if side == "student" else all_gather_no_grad
         images, texts = gather(done.image_states), gather(done.text.last)
@@ -137,7 +141,8 @@ class PretrainTask(Task):
         )
         done.mlm_logits = model.mlm_logits(done.mlm.last, batch.mlm_positions)
 
-    # -- losses ------------------------------------------------------------------------------------------
+    # -- losses
+    # ------------------------------------------------------------------------------------------
 
     def losses(
         self, student: XVLM, teacher: Teacher | None, batch: PretrainBatch, context: StepContext
@@ -242,7 +247,8 @@ class PretrainTask(Task):
             )
         return terms
 
-    # -- evaluation --------------------------------------------------------------------------------------
+    # -- evaluation
+    # --------------------------------------------------------------------------------------
 
     def evaluate(self, model: XVLM, batch: PretrainBatch) -> dict[str, Any]:
         """In-batch retrieval at 1 both ways, ITM accuracy against the next pair, MLM accuracy."""

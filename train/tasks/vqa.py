@@ -24,7 +24,9 @@ __all__ = ["VqaTask"]
 
 @dataclass(frozen=True)
 class _Plan:
-    """Layer pairs; text and fusion are two stretches of one multimodal pass with weights of their own."""
+    """Layer pairs; text and fusion are two stretches of one multimodal pass with weights of their
+    own.
+    """
 
     image: LayerPairs
     text: LayerPairs
@@ -36,7 +38,8 @@ class _Plan:
     def between(cls, student: ModelConfig, teacher: ModelConfig) -> _Plan:
         if student.decoder is None or teacher.decoder is None:
             raise ValueError(
-                "vqa distillation needs a teacher with an answer decoder (form vqa): teacher.path must "
+                "vqa distillation needs a teacher with an answer decoder (form vqa): teacher.path "
+                "must "
                 "name a model fine-tuned for vqa"
             )
         text = layer_pairs(student.text.text_layers, teacher.text.text_layers)

@@ -118,7 +118,8 @@ def tokenizer(tokenizer_folder: Path):
 
 @pytest.fixture
 def write_shards(tmp_path: Path) -> Callable[..., Path]:
-    """write_shards(task, samples, per_shard=10, change=None, size=24) -> folder with shards and manifest.
+    """write_shards(task, samples, per_shard=10, change=None, size=24) -> folder with shards and
+    manifest.
 
     `change(number, sample)` may edit, or spoil, a sample before it is written.
     """

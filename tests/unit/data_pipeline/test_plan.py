@@ -1,4 +1,6 @@
-"""The plan against a naive oracle: a bijection per epoch, the same for every number of ranks, at any start."""
+"""The plan against a naive oracle: a bijection per epoch, the same for every number of ranks, at
+any start.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ import pytest
 from launchers.local import Plan, supervise
 from tests.distributed.spawn import ROOT
 
-# A launcher that ignores signals, like the inner half of DeepSpeed's, and reports its ranks' exit code.
+# A launcher that ignores signals, like the inner half of DeepSpeed's, and reports its ranks' exit
+# code.
 LAUNCHER = """
 import os, signal, subprocess, sys
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -19,7 +20,8 @@ ranks = [subprocess.Popen([sys.executable, sys.argv[1], *sys.argv[2:]], env=os.e
          for r in range(2)]
 sys.exit(max(rank.wait() for rank in ranks))
 """
-# A rank with a child of its own: on SIGTERM it "saves" and leaves with 75. The child must not be signalled.
+# A rank with a child of its own: on SIGTERM it "saves" and leaves with 75. The child must not be
+# signalled.
 RANK = """
 import os, signal, subprocess, sys
 signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ignores it, and that is inherited

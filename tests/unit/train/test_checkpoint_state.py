@@ -1,4 +1,6 @@
-"""State outside DeepSpeed: a round trip through a file that needs no pickle, and the configuration check."""
+"""State outside DeepSpeed: a round trip through a file that needs no pickle, and the configuration
+check.
+"""
 
 from __future__ import annotations
 

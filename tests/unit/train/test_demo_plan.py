@@ -1,4 +1,6 @@
-"""The demo's plan, its resumption, and the summary's arithmetic; the stages themselves do not run here."""
+"""The demo's plan, its resumption, and the summary's arithmetic; the stages themselves do not run
+here.
+"""
 
 from __future__ import annotations
 

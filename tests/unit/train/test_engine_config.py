@@ -1,4 +1,6 @@
-"""DeepSpeed settings: every "auto" filled, unknown keys and contradictions refused; optimizer groups."""
+"""DeepSpeed settings: every "auto" filled, unknown keys and contradictions refused; optimizer
+groups.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Tasks: every parameter is reached in every kind of step, KD vanishes for equal models, weights add up."""
+"""Tasks: every parameter is reached in every kind of step, KD vanishes for equal models, weights
+add up.
+"""
 
 from __future__ import annotations
 

@@ -123,7 +123,8 @@ def test_the_published_score_counts_the_first_token_twice(answers) -> None:
                     )
                     if place < given.shape[1]:
                         logits[fits, place, row[place + 1]] = value
-            # One more token takes the rest of the probability, so that the values are log-probabilities.
+            # One more token takes the rest of the probability, so that the values are
+            # log-probabilities.
             rest = torch.log1p(-logits.exp().sum(-1).clamp(max=0.999999))
             logits[..., 79] = rest
             return SimpleNamespace(logits=logits)
