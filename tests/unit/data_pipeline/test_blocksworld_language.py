@@ -86,7 +86,7 @@ def test_answers_equal_a_naive_recomputation(index):
     scene = scene_of(index)
     asked = questions.questions(scene)
     assert asked == questions.questions(scene)
-    assert 3 <= len(asked) <= 8
+    assert len(asked) <= 8  # few where balance or doubt leaves little to ask
     assert len({item["question"] for item in asked}) == len(asked)
     for item in asked:
         assert item["answer"] == naive_answer(scene.things, item["question"]), item
