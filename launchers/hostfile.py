@@ -31,7 +31,7 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a line is malformed, a host is named twice, or there is no host; names file and
-        line.
+            line.
     """
     path = Path(path)
     if not path.is_file():

@@ -73,8 +73,7 @@ def deepspeed_command() -> list[str]:
     if found is None:
         raise FileNotFoundError(
             f"no `deepspeed` beside {sys.executable} nor on PATH: install espalier into this "
-            "environment "
-            "(pip install -e .)"
+            "environment (pip install -e .)"
         )
     return [found]
 
@@ -89,8 +88,7 @@ def plan(options: argparse.Namespace, job: list[str]) -> Plan:
         if processes > len(visible):
             raise ValueError(
                 f"-n {processes}, but CUDA_VISIBLE_DEVICES shows {len(visible)} GPU: start fewer "
-                "processes or "
-                "show more"
+                "processes or show more"
             )
         # --num_accelerators would count from GPU 0 and ignore the choice.
         argv += ["--include", f"localhost:{','.join(visible[:processes])}"]

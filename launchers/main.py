@@ -7,8 +7,7 @@
     espalier launch --array -n 2 -- distill one.yaml two.yaml three.yaml optim.lr=1e-4
 
 Everything behind `--` is handed to `espalier` on every rank. Exit code 75 (stopped by a signal,
-checkpoint saved)
-is passed through: run the same command again to go on.
+checkpoint saved) is passed through: run the same command again to go on.
 """
 
 from __future__ import annotations

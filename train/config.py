@@ -1,8 +1,7 @@
 """RunConfig: one typed run file. Every section is a frozen dataclass; an unknown key is an error.
 
 A recipe is YAML with the sections below. `a.b=c` on the command line overrides one key. Values are
-resolved in
-the order: defaults here, recipe, overrides.
+resolved in the order: defaults here, recipe, overrides.
 """
 
 from __future__ import annotations
@@ -43,7 +42,8 @@ class UserError(ValueError):
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RegionConfig:
     """Region batches (X-VLM). With `probability` a region step runs BEFORE the general step, as its
-    own optimizer step; the learning-rate schedule counts general steps only."""
+    own optimizer step; the learning-rate schedule counts general steps only.
+    """
 
     probability: float = 0.0
     images: int = 48
@@ -208,8 +208,8 @@ class LogConfig:
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class EvalConfig:
     """Validation during training: every `every` general steps (0: only at the end), on `samples`
-    samples
-    (0: all). `top_k`: answers kept after the first token when VQA ranks its answer list."""
+    samples (0: all). `top_k`: answers kept after the first token when VQA ranks its answer list.
+    """
 
     every: int = 0
     samples: int = 0

@@ -342,8 +342,7 @@ def summarise(
     bench.
 
     retention: pruned accuracy over the teacher's. speedup: the teacher's median latency over the
-        pruned
-    model's, by batch size. What is beyond these is under "details".
+    pruned model's, by batch size. What is beyond these is under "details".
     """
     blind = scores["teacher"]["blind_accuracy"]
     measured = bench["models"]
@@ -517,7 +516,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 2
-    plan = make_plan(out, *teachers, args.quick, _digest_files(teachers))
+    digests = _digest_files(teachers)
+    if not digests:
+        print(
+            "train.demo: no scenes-*.npy beside the teachers: their training scenes may turn up "
+            "in the demo's data",
+            file=sys.stderr,
+        )
+    plan = make_plan(out, *teachers, args.quick, digests)
     identities = _identities(plan, teachers)
     out.mkdir(parents=True, exist_ok=True)
     took: list[tuple[str, float]] = []

@@ -14,7 +14,6 @@ from data_pipeline.index import build_index, write_manifest
 from train.main import main
 
 
-
 @pytest.fixture
 def data(tmp_path) -> Path:
     build_blocksworld(

@@ -240,21 +240,18 @@ class CheckpointManager:
         ):
             raise UserError(
                 f"{target} belongs to another run ({values['run_id'][:8]}); to start from its "
-                "weights, "
-                f"set model= or initialise.source= to that run's model folder"
+                "weights, set model= or initialise.source= to that run's model folder"
             )
         stage, world = engine.zero_optimization_stage(), _world()
         if values["zero_stage"] != stage:
             raise UserError(
                 f"{target} was written at ZeRO stage {values['zero_stage']}, this run uses stage "
-                f"{stage}: "
-                f"resume with the old engine.config"
+                f"{stage}: resume with the old engine.config"
             )
         if values["world_size"] != world and stage > 0:
             raise UserError(
                 f"{target} was written by {values['world_size']} processes, this run has {world}: "
-                "resume with "
-                f"{values['world_size']} (only ZeRO stage 0 can change the number)"
+                f"resume with {values['world_size']} (only ZeRO stage 0 can change the number)"
             )
 
     def _load_state(self, target: Path, values: dict[str, Any]) -> dict[str, Any]:

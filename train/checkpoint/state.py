@@ -71,8 +71,7 @@ def check_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
         lines = "; ".join(f"{key}: {saved.get(key)!r} -> {current.get(key)!r}" for key in differing)
         raise UserError(
             f"the checkpoint was written with another configuration ({lines}); put the old values "
-            "back, choose "
-            f"another out=, or start over with --resume none"
+            "back, choose another out=, or start over with --resume none"
         )
 
 

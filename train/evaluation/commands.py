@@ -401,9 +401,8 @@ def _bench(args: argparse.Namespace) -> int:
         )
         for batch, row in model["latency"].items():
             print(
-                f"  batch {batch:>4s}  {row['median']:9.2f} ms  "
-                f"(quartiles {row['q1']:.2f} to {row['q3']:.2f})  {row['rows_per_s']:9.1f} "
-                "questions/s"
+                f"  batch {batch:>4s}  {row['median']:9.2f} ms  (quartiles {row['q1']:.2f} to "
+                f"{row['q3']:.2f})  {row['rows_per_s']:9.1f} questions/s"
             )
     return 0
 

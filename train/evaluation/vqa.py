@@ -122,10 +122,9 @@ def rank_answers(
     """(B,) int64 index into `answers` of the most likely answer of each question.
 
     The first token's probability selects `top_k` candidates, their whole sequences are then
-    compared
-    (EfficientVLM's VQA evaluation, after ALBEF). `published` adds log p(first token) a second time
-    to each candidate, as the reference does. Images are encoded once each, whatever the number of
-    questions.
+    compared (EfficientVLM's VQA evaluation, after ALBEF). `published` adds log p(first token) a
+    second time to each candidate, as the reference does. Images are encoded once each, whatever the
+    number of questions.
     """
     images = model.encode_image(batch.images).last
     fused = model.multimodal(

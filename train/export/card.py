@@ -71,8 +71,7 @@ def _shape(model: XVLM) -> list[str]:
     if (decoder := config.decoder) is not None:
         rows.append(
             f"| decoder | {decoder.layers} | {_widths(decoder.heads)} | "
-            f"{_widths(decoder.cross_heads)} | "
-            f"{_widths(decoder.ffn)} |"
+            f"{_widths(decoder.cross_heads)} | {_widths(decoder.ffn)} |"
         )
     return ["| part | layers | heads | cross heads | FFN units |", "|---|---|---|---|---|", *rows]
 
@@ -108,8 +107,8 @@ def card(model: XVLM, facts: Facts, dtype: str, size: int) -> str:
         sparsity = 1 - counts["prunable"] / facts.dense_prunable
         lines += [
             f"Sparsity {100 * sparsity:.2f} %: {counts['prunable']:,} of {facts.dense_prunable:,} "
-            "prunable "
-            "parameters (attention heads and FFN units) are left, counted from this file.",
+            "prunable parameters (attention heads and FFN units) are left, counted from this "
+            "file.",
             "",
         ]
     lines += ["## Shape", "", *_shape(model), ""]

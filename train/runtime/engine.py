@@ -182,8 +182,7 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
         if config.engine.precision == "fp16":
             raise UserError(
                 f"{path}: engine.precision=fp16 at ZeRO stage 0 takes a wrong first Adam step in "
-                "DeepSpeed 0.19; "
-                f"use engine.config=zero1"
+                "DeepSpeed 0.19; use engine.config=zero1"
             )
         values["gradient_clipping"] = 0.0  # GuardedAdamW clips
     values.setdefault("zero_allow_untested_optimizer", True)

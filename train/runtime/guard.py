@@ -31,10 +31,8 @@ class NonFiniteGuard:
         if self.in_a_row >= self.limit:
             raise NonFiniteError(
                 f"the total loss was not finite {self.in_a_row} steps in a row (general step "
-                f"{step}): training has "
-                "diverged. Lower optim.lr, lengthen optim.warmup_steps, or use "
-                "engine.precision=fp32, and resume "
-                f"from the last checkpoint"
+                f"{step}): training has diverged. Lower optim.lr, lengthen optim.warmup_steps, or "
+                "use engine.precision=fp32, and resume from the last checkpoint"
             )
 
 

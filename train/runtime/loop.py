@@ -129,8 +129,7 @@ def restore(run: Run, resume: str) -> Progress:
     if progress.step > run.config.optim.steps:
         raise UserError(
             f"optim.steps is {run.config.optim.steps}, but the checkpoint is already at step "
-            f"{progress.step}: "
-            f"raise optim.steps, or pass --resume none"
+            f"{progress.step}: raise optim.steps, or pass --resume none"
         )
     return progress
 

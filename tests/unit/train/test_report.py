@@ -107,9 +107,8 @@ def test_verdict_tells_only_what_was_measured() -> None:
     models = {"teacher": {"params": 100}, "pruned": {"params": 40}}
     told = verdict({"models": models, "retention": 0.973, "speedup": {"1": 1.5, "32": 2.25}})
     assert told == (
-        "The pruned model keeps 97.3% of the teacher's accuracy, "
-        "answers 1.50x as fast at batch 1 and 2.25x as fast at batch 32 and has 40% of its "
-        "parameters."
+        "The pruned model keeps 97.3% of the teacher's accuracy, answers 1.50x as fast at batch 1 "
+        "and 2.25x as fast at batch 32 and has 40% of its parameters."
     )
     assert verdict({}) == "No comparison was measured in these runs."
 
