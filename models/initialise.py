@@ -19,6 +19,7 @@ from models.xvlm import XVLM
 
 __all__ = [
     "InitialiseReport",
+    "add_task_vector",
     "default_map",
     "student_from_teacher",
     "task_form_from_pretrained",
@@ -198,3 +199,51 @@ def task_form_from_pretrained(
     if report.unmapped:
         raise ValueError(f"nothing to start {', '.join(report.unmapped[:_LISTED])} from")
     return model
+
+
+def add_task_vector(
+    student: XVLM,
+    pretrained: XVLM,
+    finetuned: XVLM,
+    *,
+    vision_map: Sequence[int] | None = None,
+    text_map: Sequence[int] | None = None,
+    fusion_map: Sequence[int] | None = None,
+    decoder_map: Sequence[int] | None = None,
+) -> XVLM:
+    """The distilled student's task form, moved by what fine-tuning changed in its teacher.
+
+    For every weight that all three have: student + cut(finetuned) - cut(pretrained), where cut takes
+    the teacher layers that the student was made from; weights that only the task form has (decoder)
+    are cut from the fine-tuned teacher. Task vectors: Ilharco et al., 2212.04089; across depths this
+    use of them is ours.
+
+    Args:
+        student: distilled from `pretrained`, form "pretrain".
+        finetuned: `pretrained` after fine-tuning, in the form that is wanted.
+        vision_map, text_map, fusion_map, decoder_map: as in `student_from_teacher`.
+
+    Raises:
+        ValueError: on forms, widths or maps that do not fit.
+    """
+    if student.config.form != "pretrain" or pretrained.config.form != "pretrain":
+        raise ValueError(
+            "a task vector needs student and teacher before fine-tuning: form pretrain"
+        )
+    form, size = finetuned.config.form, finetuned.config.vision.image_size
+    result = task_form_from_pretrained(
+        student, form, config=student.config.as_form(form, image_size=size)
+    )
+    maps = {"vision_map": vision_map, "text_map": text_map, "fusion_map": fusion_map}
+    after, _ = student_from_teacher(finetuned, result.config, decoder_map=decoder_map, **maps)
+    before, _ = student_from_teacher(
+        pretrained, student.config.as_form("pretrain", image_size=size), **maps
+    )
+    new, old = after.state_dict(), before.state_dict()
+    with torch.no_grad():
+        for key, value in result.state_dict().items():
+            if key in old:
+                value.add_(new[key] - old[key])
+            else:
+                value.copy_(new[key])
+    return result

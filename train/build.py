@@ -17,7 +17,11 @@ from data_pipeline.text import load_tokenizer
 from models import from_pretrained, presets
 from models.config import ModelConfig
 from models.gates import GateBank
-from models.initialise import student_from_teacher, task_form_from_pretrained
+from models.initialise import (
+    add_task_vector,
+    student_from_teacher,
+    task_form_from_pretrained,
+)
 from models.xvlm import XVLM
 from train.checkpoint.manager import CheckpointManager
 from train.config import RunConfig
@@ -106,6 +110,8 @@ def build_student(config: RunConfig, vocab_size: int, teacher: XVLM | None) -> X
     init = config.initialise
     if is_model_folder(config.model):
         student = from_pretrained(Path(str(config.model)))
+        if init.task_vector is not None:
+            return _with_task_vector(student, config, teacher)
         if student.config.form != wanted.form:
             student = task_form_from_pretrained(student, form=wanted.form)
         return student
@@ -131,6 +137,22 @@ def build_student(config: RunConfig, vocab_size: int, teacher: XVLM | None) -> X
     if source.config != wanted:
         _LOG.warning("initialise.source %s decides the model's shape, not `model`", init.source)
     return source
+
+
+def _with_task_vector(student: XVLM, config: RunConfig, teacher: XVLM | None) -> XVLM:
+    init = config.initialise
+    if teacher is None or init.task_vector is None:
+        raise ValueError("initialise.task_vector needs teacher.path, the fine-tuned teacher")
+    # The teacher that runs may be in half precision: the difference is taken from the file.
+    return add_task_vector(
+        student,
+        from_pretrained(Path(init.task_vector)),
+        from_pretrained(Path(str(config.teacher.path))),
+        vision_map=init.vision_map,
+        text_map=init.text_map,
+        fusion_map=init.fusion_map,
+        decoder_map=init.decoder_map,
+    )
 
 
 def load_answers(config: RunConfig, tokenizer: Any) -> AnswerList | None:

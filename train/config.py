@@ -91,11 +91,14 @@ class InitialiseConfig:
 
     Attributes:
         source: "random", "teacher" (cut by the layer map) or a model folder.
+        task_vector: folder of the teacher BEFORE fine-tuning, from which `model` was distilled; what
+            fine-tuning changed in the teacher is added to the student (models.initialise).
         vision_map, text_map, fusion_map, decoder_map: teacher layer of each student layer; None is
             1, 3, 5, ...
     """
 
     source: str = "random"
+    task_vector: str | None = None
     vision_map: tuple[int, ...] | None = None
     text_map: tuple[int, ...] | None = None
     fusion_map: tuple[int, ...] | None = None

@@ -110,6 +110,7 @@ def _training(out: Path, teacher: Path, teacher_vqa: Path, quick: bool) -> list[
             False,
             model=out / "distill" / "model",
             teacher__path=teacher_vqa,
+            initialise__task_vector=teacher,
         ),
         stage(
             "prune",

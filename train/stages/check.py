@@ -49,6 +49,8 @@ def check_stage(config: RunConfig) -> None:
                 f"prune.freeze_step: {freeze} lies after the last step "
                 f"(optim.steps={config.optim.steps})"
             )
+    if config.initialise.task_vector is not None and config.teacher.path is None:
+        raise ValueError("initialise.task_vector: needs teacher.path, the fine-tuned teacher")
     if config.teacher.path is None and config.kd != KdConfig():
         _LOG.warning("kd: has no effect without teacher.path")
     if config.task != "pretrain" and config.data.region != RegionConfig():

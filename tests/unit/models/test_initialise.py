@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from models import presets
-from models.initialise import default_map, student_from_teacher, task_form_from_pretrained
+from models.initialise import (
+    add_task_vector,
+    default_map,
+    student_from_teacher,
+    task_form_from_pretrained,
+)
 from models.vision import resize_positions
 from models.xvlm import XVLM
 
@@ -128,3 +133,41 @@ def test_copies_do_not_share_memory(teacher):
     student, _ = student_from_teacher(teacher, presets.config("blocksworld-micro-student"))
     student.itm_head.linear.weight.data.zero_()
     assert torch.equal(teacher.itm_head.linear.weight, before)
+
+
+def test_task_vector_of_an_undistilled_student_is_the_cut_of_the_finetuned_teacher():
+    """student = cut(pretrained): adding (cut(finetuned) - cut(pretrained)) gives cut(finetuned)."""
+    torch.manual_seed(0)
+    pretrained = presets.create("blocksworld-micro-teacher", form="pretrain")
+    finetuned = presets.create("blocksworld-micro-teacher", form="vqa")
+    student, _ = student_from_teacher(
+        pretrained, presets.config("blocksworld-micro-student", form="pretrain")
+    )
+    moved = add_task_vector(student, pretrained, finetuned)
+    expected, _ = student_from_teacher(
+        finetuned, presets.config("blocksworld-micro-student", form="vqa")
+    )
+    for key, value in expected.state_dict().items():
+        torch.testing.assert_close(moved.state_dict()[key], value, msg=key)
+
+
+def test_task_vector_keeps_what_distillation_changed():
+    torch.manual_seed(0)
+    pretrained = presets.create("blocksworld-micro-teacher", form="pretrain")
+    finetuned = presets.create("blocksworld-micro-teacher", form="vqa")
+    config = presets.config("blocksworld-micro-student", form="pretrain")
+    student, _ = student_from_teacher(pretrained, config)
+    before = add_task_vector(student, pretrained, finetuned).state_dict()
+    with torch.no_grad():
+        student.state_dict()["vision.blocks.0.ffn.fc1.weight"].add_(1.0)
+    after = add_task_vector(student, pretrained, finetuned).state_dict()
+    for key in before:
+        change = 1.0 if key == "vision.blocks.0.ffn.fc1.weight" else 0.0
+        torch.testing.assert_close(after[key], before[key] + change, msg=key)
+
+
+def test_task_vector_needs_models_before_fine_tuning():
+    finetuned = presets.create("blocksworld-micro-teacher", form="vqa")
+    student = presets.create("blocksworld-micro-student", form="vqa")
+    with pytest.raises(ValueError, match="form pretrain"):
+        add_task_vector(student, finetuned, finetuned)
