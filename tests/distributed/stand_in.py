@@ -31,8 +31,8 @@ class Tied(nn.Linear):
         super().__init__(table.weight.shape[1], table.weight.shape[1])
         self._table = [table]  # in a list, so that it is not registered twice
 
-    def external_parameters(self) -> list[nn.Parameter]:
-        return [self._table[0].weight]
+    def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
+        return [(self, self._table[0].weight)]
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) @ self._table[0].weight.t()

@@ -330,17 +330,15 @@ def _quiet_info() -> Iterator[None]:
 
 
 def _register_external(module: nn.Module) -> None:
-    """Tells ZeRO-3 of parameters that a module uses in its forward and another module owns (tied
-    weights).
-
-    A module says so by a method `external_parameters()` that returns them.
+    """Tells ZeRO-3 of parameters that a module uses in its forward and another one owns (tied
+    weights): a method `external_parameters()` lists such (module, parameter) pairs.
     """
     from deepspeed import zero
 
-    for user in module.modules():
-        if hasattr(user, "external_parameters"):
-            listed: Any = user.external_parameters
-            for parameter in listed():
+    for owner in module.modules():
+        if hasattr(owner, "external_parameters"):
+            listed: Any = owner.external_parameters
+            for user, parameter in listed():
                 zero.register_external_parameter(user, parameter)
 
 
