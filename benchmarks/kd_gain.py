@@ -42,6 +42,7 @@ def command(args: argparse.Namespace, variant: str, seed: int, init: Path, out: 
         f"seed={seed}",
         f"model={init}",
         f"teacher.path={args.teacher}",
+        "initialise.task_vector=null",
         f"data.train={data / 'train'}",
         f"data.val={data / args.split}",
         f"optim.steps={args.steps}",

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -18,21 +19,31 @@ __all__ = ["EXIT_STOPPED", "StopFlag", "stop_on_signals"]
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# One Ctrl-C may arrive twice: from the terminal, and passed on by a launcher or by `timeout`.
+_SAME_PRESS_S = 2.0
 
 
 class StopFlag:
     """Set by a signal, read by the loop. `name` is the signal's, for the log."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.name: str | None = None
+        self._clock = clock
+        self._interrupted: float | None = None
 
     def __bool__(self) -> bool:
         return self.name is not None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler. Only remembers; a second Ctrl-C raises KeyboardInterrupt."""
-        if number == signal.SIGINT and self.name == "SIGINT":
-            raise KeyboardInterrupt("second Ctrl-C: leaving without a checkpoint")
+        """The signal handler. Only remembers; a second Ctrl-C, later than the echo of the first,
+        raises KeyboardInterrupt.
+        """
+        if number == signal.SIGINT:
+            now = self._clock()
+            if self._interrupted is None:
+                self._interrupted = now
+            elif now - self._interrupted > _SAME_PRESS_S:
+                raise KeyboardInterrupt("second Ctrl-C: leaving without a checkpoint")
         self.name = signal.Signals(number).name
 
 
