@@ -28,8 +28,7 @@ def vqa_pictures(
     count: int = 16,
     top_k: int = 128,
 ) -> None:
-    """Write up to `count` held-out questions with the model's answers, the first question of each
-    image.
+    """Write up to `count` held-out questions with the model's answers, one for each image.
 
     Every rank runs the same forward (ZeRO-3 gathers parameters in it); rank 0 writes.
     """
@@ -39,11 +38,16 @@ def vqa_pictures(
     with torch.inference_mode():
         chosen = rank_answers(model, batch, answers, top_k).tolist()
     model.train(was_training)
-    first = {}
+    of_image: dict[int, list[int]] = {}
     for row, image in enumerate(batch.image_index.tolist()):
         if bool(batch.valid[row]):
-            first.setdefault(image, row)
-    rows = list(first.items())[:count]
+            of_image.setdefault(image, []).append(row)
+    # Questions of an image come sorted by type: taking another place each time shows all types.
+    rows = [
+        (image, asked[place % len(asked)])
+        for place, (image, asked) in enumerate(of_image.items())
+        if place < count
+    ]
     captions = []
     for _, row in rows:
         truth = max(batch.answers[row], key=batch.answers[row].__getitem__)
