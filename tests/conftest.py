@@ -5,6 +5,7 @@ project.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         needed = mark.kwargs.get("count", 1)
         if gpus < needed:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU, {gpus} here"))
+
+
+@pytest.fixture(autouse=True)
+def _environment_comes_back() -> Iterator[None]:
+    """A stage that runs inside the test process leaves RANK, MASTER_PORT and so on behind; the next
+    test's child processes would take themselves for ranks of a group that is gone.
+    """
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from train.runtime.signals import StopFlag, stop_on_signals
+from train.runtime.signals import stop_on_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -61,14 +61,6 @@ def test_a_signal_saves_and_exits_75(tmp_path: Path, number: int) -> None:
             _, errors = again.communicate("", timeout=120)
         assert again.returncode == 0, errors
         assert "resumed at step 7" in (tmp_path / "events.log").read_text()
-
-
-def test_a_second_ctrl_c_raises() -> None:
-    flag = StopFlag()
-    flag(signal.SIGINT, None)
-    assert flag and flag.name == "SIGINT"
-    with pytest.raises(KeyboardInterrupt):
-        flag(signal.SIGINT, None)
 
 
 def test_old_handlers_come_back() -> None:
