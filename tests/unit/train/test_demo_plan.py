@@ -12,6 +12,7 @@ import pytest
 from train import demo
 from train.evaluation import commands as evaluation
 from train.export import commands as export
+from train.export.summary import summarise
 from train.recipes_io import find_recipe, load_run_config
 
 
@@ -146,7 +147,7 @@ def test_summary_has_the_agreed_keys_and_numbers() -> None:
         "student": {"accuracy": 0.88, "accuracy/count": 0.8, "accuracy_count": 12.0},
         "pruned": {"accuracy": 0.87, "accuracy/count": 0.7, "accuracy_count": 12.0},
     }
-    found = demo.summarise(scores, bench, 60.0)
+    found = summarise(scores, bench, 60.0)
     assert set(found) == {"task", "device", "models", "retention", "speedup", "seconds", "details"}
     assert found["models"]["pruned"] == {
         "params": 46,
