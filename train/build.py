@@ -121,8 +121,9 @@ def build_student(config: RunConfig, vocab_size: int, teacher: XVLM | None) -> X
     if init.source == "teacher":
         if teacher is None:
             raise ValueError("initialise.source=teacher needs teacher.path")
+        # From the file: the teacher that runs may be in half precision.
         student, report = student_from_teacher(
-            teacher,
+            from_pretrained(Path(str(config.teacher.path))),
             wanted,
             vision_map=init.vision_map,
             text_map=init.text_map,
@@ -143,7 +144,7 @@ def _with_task_vector(student: XVLM, config: RunConfig, teacher: XVLM | None) ->
     init = config.initialise
     if teacher is None or init.task_vector is None:
         raise ValueError("initialise.task_vector needs teacher.path, the fine-tuned teacher")
-    # The teacher that runs may be in half precision: the difference is taken from the file.
+    # From the files, as above.
     return add_task_vector(
         student,
         from_pretrained(Path(init.task_vector)),
@@ -207,6 +208,7 @@ def _loader(
         region=data.region,
         limit=0 if train else config.eval.samples,
         pin_memory=dist.device.type == "cuda",
+        quarantine=Path(config.out) / f"quarantine_{dist.rank:04d}.jsonl" if train else None,
     )
 
 

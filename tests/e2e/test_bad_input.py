@@ -105,4 +105,6 @@ def test_a_broken_sample_is_named_or_counted(damage, data, tmp_path, capsys):
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     counted = sum(value for name, value in records[-1]["faults"].items() if name != "nonfinite")
     assert counted == 1
+    noted = [json.loads(line) for line in (out / "quarantine_0000.jsonl").read_text().splitlines()]
+    assert len(noted) == 1 and "0000003" in json.dumps(noted[0])
     assert (out / "model" / "model.safetensors").is_file()

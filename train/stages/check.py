@@ -53,5 +53,9 @@ def check_stage(config: RunConfig) -> None:
         raise ValueError("initialise.task_vector: needs teacher.path, the fine-tuned teacher")
     if config.teacher.path is None and config.kd != KdConfig():
         _LOG.warning("kd: has no effect without teacher.path")
+    if config.optim.new_lr_multiplier != 1.0:
+        _LOG.warning(
+            "optim.new_lr_multiplier: has no effect, no module is fresh beside loaded ones"
+        )
     if config.task != "pretrain" and config.data.region != RegionConfig():
         _LOG.warning("data.region: has no effect for task %s", config.task)
