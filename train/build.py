@@ -38,7 +38,15 @@ from train.tasks.base import Task
 from train.tasks.pretrain import PretrainTask
 from train.tasks.vqa import VqaTask
 
-__all__ = ["Run", "build", "build_student", "build_task", "load_answers", "model_config"]
+__all__ = [
+    "Run",
+    "answers_file",
+    "build",
+    "build_student",
+    "build_task",
+    "load_answers",
+    "model_config",
+]
 
 _LOG = logging.getLogger(__name__)
 
@@ -156,9 +164,14 @@ def _with_task_vector(student: XVLM, config: RunConfig, teacher: XVLM | None) ->
     )
 
 
+def answers_file(config: RunConfig) -> Path:
+    """Where the candidate answers lie: beside the split's folder (DIR/vqa/answers.json)."""
+    return Path(config.data.train).parent / "answers.json"
+
+
 def load_answers(config: RunConfig, tokenizer: Any) -> AnswerList | None:
-    """The candidate answers beside the task folder (DIR/vqa/answers.json), if there are any."""
-    path = Path(config.data.train).parent / "answers.json"
+    """The candidate answers, if the data have any."""
+    path = answers_file(config)
     return AnswerList.load(path, tokenizer) if path.is_file() else None
 
 

@@ -41,6 +41,14 @@ def test_the_whole_walk(tmp_path):
     assert student.config.vision.layers * 2 == teacher.config.vision.layers
     assert sum(pruned.config.vision.ffn) < sum(student.config.vision.ffn)
 
+    command = [sys.executable, "-m", "train.main", "predict", str(out / "pruned"), "--task", "vqa"]
+    picture = next((out / "examples").glob("*.png"))
+    command += ["--image", str(picture), "--text", "how many circles are there"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0, said.stderr
+    answers = json.loads((out / "data" / "vqa" / "answers.json").read_text())
+    assert any(answer in said.stdout for answer in answers)
+
     page = (out / "report.html").read_text()
     assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
 

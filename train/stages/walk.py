@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 from models import from_pretrained
 from models.pruning.surgery import prune, sparsity_report
-from train.build import Run, build
+from train.build import Run, answers_file, build
 from train.config import RunConfig
 from train.provenance import provenance
 from train.recipes_io import dump_run_yaml
@@ -41,12 +42,21 @@ def walk(config: RunConfig, resume: str) -> int:
             save_model(run)
             if dist.rank == 0:
                 slim_model(run)
+        if code == 0 and dist.rank == 0:
+            keep_answers(run)
         run.monitor.close()
         failed = False
         return code
     finally:
         # After a failure the other ranks may be anywhere: no barrier then.
         finish(failed)
+
+
+def keep_answers(run: Run) -> None:
+    """Put the answer list beside the weights, so that `predict` needs the model folder alone."""
+    answers = answers_file(run.config)
+    if run.config.task == "vqa" and answers.is_file():
+        shutil.copyfile(answers, run.directory / "model" / answers.name)
 
 
 def slim_model(run: Run) -> None:

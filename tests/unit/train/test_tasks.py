@@ -35,7 +35,8 @@ def pretrain_batch(config, region: bool = False) -> PretrainBatch:
     images = 2 if region else ROWS
     ids = torch.randint(5, VOCABULARY, (ROWS, TOKENS), generator=generator)
     mask = torch.ones(ROWS, TOKENS, dtype=torch.bool)
-    mask[1, 6:] = False
+    for row in range(ROWS):  # a length of its own for each text
+        mask[row, TOKENS - row :] = False
     labels = torch.full((ROWS, 3), -100)
     labels[:, 0] = ids[:, 2]
     extra = {}
@@ -151,13 +152,15 @@ def test_fusion_part_of_the_question_pass_excludes_the_text_layers():
 def test_teacher_and_student_score_the_same_negatives(monkeypatch):
     student = model("blocksworld-micro-student", "pretrain")
     teacher = frozen(model("blocksworld-micro-teacher", "pretrain", 1))
-    seen: dict[str, torch.Tensor] = {}
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def watch(name: str, owner: XVLM) -> None:
         original = owner.fuse
 
         def fuse(states, mask, images, image_mask, *rest, **more):
-            seen.setdefault(name, mask)
+            own = images[:ROWS].flatten(1)
+            same = (images.flatten(1)[:, None] == own[None]).all(-1)
+            seen.setdefault(name, (mask.sum(1), same.int().argmax(1)))
             return original(states, mask, images, image_mask, *rest, **more)
 
         monkeypatch.setattr(owner, "fuse", fuse)
@@ -166,8 +169,13 @@ def test_teacher_and_student_score_the_same_negatives(monkeypatch):
     watch("teacher", teacher.model)
     task = PretrainTask({}, KdConfig(), student.config, teacher.model.config)
     task.losses(student, teacher, pretrain_batch(student.config), context())
-    # The text masks of the 3B rows tell which text each row got; one row of the batch is shorter.
-    assert torch.equal(seen["student"], seen["teacher"])
+    # Lengths tell which text each of the 3B rows got, equal states which image.
+    for ours, theirs in zip(seen["student"], seen["teacher"], strict=True):
+        assert torch.equal(ours, theirs)
+    texts, images = seen["student"]
+    own = torch.arange(ROWS)
+    assert not (images[ROWS : 2 * ROWS] == own).any(), "a negative image is another's"
+    assert not (texts[2 * ROWS :] == TOKENS - own).any(), "a negative text is another's"
 
 
 def test_a_teacher_without_a_decoder_is_refused():
