@@ -144,8 +144,12 @@ class PretrainAssembler(Assembler):
 class RegionAssembler(Assembler):
     """Region batches: `rows` rows about the images, always the same number.
 
+    Rows are drawn and filled up within units of neighbouring images, keyed by the unit's first
+    position. A rank takes whole units, so the global batch is the same on any number of ranks.
+
     Attributes:
         rows: rows per micro-batch.   max_regions: rows per image at most.
+        units: equal parts of the micro-batch.
         min_fraction: share of a box that must lie in the crop.   patch_size: pixels per patch side.
     """
 
@@ -154,8 +158,11 @@ class RegionAssembler(Assembler):
     max_regions: int
     min_fraction: float
     patch_size: int
+    units: int = 1
 
     def __post_init__(self) -> None:
+        if self.rows % self.units:
+            raise ValueError(f"{self.rows} region rows cannot be cut into {self.units} units")
         if self.rows < 1 or self.max_regions < 1:
             raise ValueError("data.region.rows and data.region.max_regions must be at least 1")
         if not 0 <= self.min_fraction < 1:
@@ -185,36 +192,47 @@ class RegionAssembler(Assembler):
             regions=tuple(rows),
         )
 
-    def collate(self, items: Sequence[Item]) -> PretrainBatch:
+    def _unit(self, items: Sequence[Item], wanted: int) -> tuple[list[int], list[RegionRow], int]:
+        """(image of each row, the rows, how many of them are not copies) of one unit."""
         groups = [item.regions for item in items]
         flat = [row for rows in groups for row in rows]
         image = count_rows(groups)
         rng = sample_random(self.seed, items[0].position, _ROWS)
-        chosen = choose_rows(len(flat), self.rows, rng)
-        taken = [flat[number] for number in chosen]
-        owners = [items[image[number]] for number in chosen]
-        tokens = self.text.encode([row.text for row in taken])
-        # Copies of a row are masked differently: their number takes part in the key.
-        generators = [
-            sample_random(self.seed, items[0].position, _MASK + 16 * (1 + number))
-            for number in range(len(chosen))
-        ]
+        chosen = choose_rows(len(flat), wanted, rng)
+        return [image[n] for n in chosen], [flat[n] for n in chosen], min(len(flat), wanted)
+
+    def collate(self, items: Sequence[Item]) -> PretrainBatch:
+        share, wanted = len(items) // self.units, self.rows // self.units
+        images: list[int] = []
+        taken: list[RegionRow] = []
+        first_use: list[bool] = []
+        generators = []
+        for first in range(0, len(items), share):
+            part = items[first : first + share]
+            owners, rows, distinct = self._unit(part, wanted)
+            images += [first + owner for owner in owners]
+            taken += rows
+            # A row that fills up evaluation is no new evidence; in training every row counts.
+            first_use += [self.train or place < distinct for place in range(wanted)]
+            # Copies of a row are masked differently: their number takes part in the key.
+            generators += [
+                sample_random(self.seed, part[0].position, _MASK + 16 * (1 + number))
+                for number in range(wanted)
+            ]
+        valid = [items[n].valid and use for n, use in zip(images, first_use, strict=True)]
         boxes = np.asarray([row.box for row in taken], np.float32)
-        is_region = np.asarray([row.is_region for row in taken])
-        # A row that fills up evaluation is no new evidence; in training every row counts.
-        first_use = [self.train or place < len(flat) for place in range(len(chosen))]
         mask = patch_mask(boxes, self.augmentation.size, self.patch_size)
         return PretrainBatch(
             images=_images(items),
-            image_index=torch.tensor([image[number] for number in chosen]),
-            valid=torch.tensor(
-                [owner.valid and first for owner, first in zip(owners, first_use, strict=True)]
-            ),
-            keys=tuple(owner.key for owner in owners),
+            image_index=torch.tensor(images),
+            valid=torch.tensor(valid),
+            keys=tuple(items[n].key for n in images),
             region_mask=torch.from_numpy(mask),
             boxes=torch.from_numpy(boxes),
-            is_region=torch.from_numpy(is_region),
-            **_mask_rows(self.masking, self.text, tokens, generators),
+            is_region=torch.tensor([row.is_region for row in taken]),
+            **_mask_rows(
+                self.masking, self.text, self.text.encode([row.text for row in taken]), generators
+            ),
         )
 
 
