@@ -1,16 +1,17 @@
 """Samples that cannot be used: what is raised, counted, written down, and when it is too much.
 
-A permanent fault (undecodable image, missing member, bad record) either stops the run with one
-message, or the
-sample is skipped: another sample of the same window, chosen by (seed, position, attempt), takes
-its place, so the batch size never changes and a replay gives the same batch. I/O errors are never
-substituted: they are not a property of the sample.
+A permanent fault (undecodable image, missing member, bad record, bytes that are not those of the
+index) either stops the run with one message, or the sample is skipped: another sample of the same
+window, chosen by (seed, position, attempt), takes its place, so the batch size never changes and a
+replay gives the same batch. I/O errors are never substituted: they are not a property of the
+sample.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class SkipSample(Exception):
     """Raised by a pipeline stage for a sample that can never be used.
 
     Args:
-        kind: short name to count by: "decode", "missing", "record", "pixels", "box".
+        kind: short name to count by: "decode", "missing", "record", "pixels", "box", "hash".
         reason: one sentence for people.
     """
 
@@ -79,7 +80,7 @@ class FaultLedger:
         self.consecutive = 0
         self._written: set[tuple[str, str]] = set()
 
-    def deliver(self, positions: range, faults: tuple[Fault, ...]) -> None:
+    def deliver(self, positions: Sequence[int], faults: tuple[Fault, ...]) -> None:
         """Accounts for one delivered batch of samples.
 
         Raises:
@@ -100,7 +101,7 @@ class FaultLedger:
                 f"{self.max_rate:g}; last: {faults[-1].message()}"
             )
 
-    def _check_run(self, positions: range, faults: tuple[Fault, ...]) -> None:
+    def _check_run(self, positions: Sequence[int], faults: tuple[Fault, ...]) -> None:
         """Faults in a row, substitutes included: a bad shard shows here long before the rate."""
         bad = Counter(fault.position for fault in faults)
         for position in positions:

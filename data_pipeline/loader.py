@@ -1,34 +1,58 @@
-"""The loader: batches of one rank, and the position of the stream as a small JSON state.
+"""What training iterates: batches of one rank, with an exact resume state.
 
 The state counts samples of delivered global batches and is the same on every rank. Prefetched
 batches that were not delivered are planned again after a restart, so resuming repeats nothing and
-skips nothing; the number of ranks, workers and the batch size may all change.
+skips nothing; the number of ranks and workers may change, and the batch size as far as the
+canonical groups divide it.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from data_pipeline.batches import Batch
 from data_pipeline.collate import Assembler, PretrainAssembler, RegionAssembler, VqaAssembler
 from data_pipeline.faults import FaultError, FaultLedger
-from data_pipeline.index import Manifest, ShardError, load_manifest
-from data_pipeline.plan import PLAN_VERSION, Plan
+from data_pipeline.manifest import Manifest
+from data_pipeline.mixture import choose_groups
+from data_pipeline.position import DataSet, PlanSettings, Position, check_unit
+from data_pipeline.remote import RemoteOptions
+from data_pipeline.storage import Storage, open_manifest, storage_for
 from data_pipeline.stream import Delivery, PlannedSource, ShardReader, build_pipeline
+from data_pipeline.tar_headers import ShardError
 from data_pipeline.text import Masking, TextEncoder
 from data_pipeline.transforms import Augmentation
+from data_pipeline.worker import start_worker
 
-__all__ = ["STATE_VERSION", "Loader", "RegionOptions", "build_loader"]
+__all__ = ["DataSource", "Loader", "RegionOptions", "build_loader"]
 
-STATE_VERSION = 1
-# Which record a loader task reads.
+_LOG = logging.getLogger(__name__)
+# Which record a loader task reads, and which folders hold such records.
 _SCHEMAS = {"pretrain": "pretrain", "region": "pretrain", "vqa": "vqa"}
+_ACCEPTED = {
+    "pretrain": ("pretrain", "captioning", "retrieval"),
+    "region": ("pretrain",),
+    "vqa": ("vqa",),
+}
+# Region rows are drawn within units of at least this many images, so that few rows are copies.
+_UNIT_IMAGES = 6
+
+
+class DataSource(Protocol):
+    """One data set of a mixture: a folder or URL with manifest.json, and its weight (None: as many
+    shares as it has samples).
+    """
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def weight(self) -> float | None: ...
 
 
 class RegionOptions(Protocol):
@@ -44,12 +68,6 @@ class RegionOptions(Protocol):
     def min_fraction_in_crop(self) -> float: ...
 
 
-def _start_worker(number: int) -> None:
-    """Workers share the cores with training: one thread each."""
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
 class Loader:
     """Batches of one rank. Made by `build_loader`.
 
@@ -58,23 +76,32 @@ class Loader:
 
     Attributes:
         samples_per_epoch: images of one pass over all ranks.   steps_per_epoch: batches of one
-            pass on a rank (rounded up).   manifest: the shards.
+            pass on a rank (rounded up).   position: where the stream stands.
     """
 
     def __init__(
-        self, manifest: Manifest, plan: Plan, assembler: Assembler, ledger: FaultLedger, *,
-        task: str, batch: int, rank: int, world_size: int, train: bool, workers: int,
-        pin_memory: bool,
+        self, manifests: Sequence[Manifest], storages: Sequence[Storage], where: Position,
+        assembler: Assembler, ledger: FaultLedger, *, task: str, batch: int, rank: int,
+        world_size: int, train: bool, workers: int, pin_memory: bool,
     ) -> None:  # fmt: skip
-        self.manifest = manifest
-        self.samples_per_epoch = plan.samples
+        self.manifests = tuple(manifests)
         self.global_batch = batch * world_size
-        self.steps_per_epoch = -(-plan.samples // self.global_batch)
-        self._plan, self._assembler, self._ledger = plan, assembler, ledger
+        self.position = where
+        self._storages = tuple(storages)
+        self._assembler, self._ledger = assembler, ledger
         self._task, self._batch, self._train = task, batch, train
         self._rank, self._world_size = rank, world_size
         self._workers, self._pin_memory = workers, pin_memory
-        self._consumed = 0
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Images of one pass over all data sets and ranks."""
+        return self.position.mixture.samples
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one pass on a rank, rounded up."""
+        return -(-self.samples_per_epoch // self.global_batch)
 
     @property
     def faults(self) -> dict[str, int]:
@@ -84,24 +111,31 @@ class Loader:
     @property
     def epoch(self) -> float:
         """Passes over the data that were delivered."""
-        return self._consumed / self.samples_per_epoch
+        return self.position.consumed / self.samples_per_epoch
 
     def __len__(self) -> int:
         """Batches of one pass on this rank."""
         return self.steps_per_epoch
 
+    def _local_assembler(self) -> Assembler:
+        """Region rows are drawn within the state's units, of which a rank holds several."""
+        if self.position.unit is None or not isinstance(self._assembler, RegionAssembler):
+            return self._assembler
+        return dataclasses.replace(self._assembler, units=self._batch // self.position.unit[0])
+
     def _deliveries(self) -> Iterator[Delivery]:
+        manifests = self.position.by_entry(self.manifests)
         source = PlannedSource(
-            ShardReader(self.manifest),
-            self._plan,
+            ShardReader(manifests, self.position.by_entry(self._storages)),
+            self.position.mixture,
             batch=self._batch,
             rank=self._rank,
             ranks=self._world_size,
-            start=self._consumed if self._train else 0,
+            start=self.position.consumed if self._train else 0,
             steps=None if self._train else self.steps_per_epoch,
         )
         pipeline = build_pipeline(
-            source, self._assembler, _SCHEMAS[self._task], self._ledger.policy
+            source, self._local_assembler(), _SCHEMAS[self._task], self._ledger.policy
         )
         return iter(
             DataLoader(
@@ -110,7 +144,7 @@ class Loader:
                 # More workers than batches would start for nothing.
                 num_workers=self._workers if self._train else min(self._workers, len(self)),
                 pin_memory=self._pin_memory,
-                worker_init_fn=_start_worker,
+                worker_init_fn=start_worker,
             )
         )
 
@@ -122,43 +156,34 @@ class Loader:
             if delivery.batch is None:
                 raise FaultError(delivery.faults[-1].message())
             if self._train:
-                self._consumed += self.global_batch
+                self.position.consumed += self.global_batch
             yield delivery.batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position as JSON values, the same on all ranks. A yielded batch counts."""
-        return {
-            "version": STATE_VERSION,
-            "task": self._task,
-            "seed": self._plan.seed,
-            "samples_consumed": self._consumed,
-            "global_batch": self.global_batch,
-            "manifest_hash": self.manifest.hash,
-            "plan": {
-                "version": PLAN_VERSION,
-                "block": self._plan.block,
-                "window_blocks": self._plan.window_blocks,
-                "groups": self._plan.groups,
-                "shuffle": self._plan.shuffle,
-                "limit": self._plan.limit,
-            },
-        }
+        return self.position.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], rebase: bool = False) -> None:
         """Goes on where `state` was taken; it takes effect at the next `iter()`.
 
+        Args:
+            rebase: accept changed data sets, weights and order settings: a new order begins at this
+                position, and the state records it.
+
         Raises:
-            ValueError: the state belongs to other data, another seed or another order.
+            ValueError: the state does not fit these data and settings; the message says what
+                differs and what would work.
         """
-        mine = self.state_dict()
-        for name in ("version", "task", "seed", "manifest_hash", "plan"):
-            if state.get(name) != mine[name]:
-                raise ValueError(
-                    f"{self.manifest.folder}: cannot resume the data position: '{name}' was "
-                    f"{state.get(name)!r}, now {mine[name]!r}; restore the data and settings, or "
-                    "start again with --resume none"
-                )
-        self._consumed = int(state["samples_consumed"])
+        mine = self.position.unit
+        for line in self.position.load_state_dict(state, rebase):
+            _LOG.warning("%s data: %s", self._task, line)
+        if self.position.unit is not None and isinstance(self._assembler, RegionAssembler):
+            try:
+                check_unit(self.position.unit, self._batch, self._assembler.rows)
+            except ValueError:
+                if not rebase:
+                    raise
+                self.position.unit = mine
 
 
 def _assembler(
@@ -183,28 +208,49 @@ def _assembler(
     )  # fmt: skip
 
 
+def _unit(images: int, rows: int, world_size: int) -> tuple[int, int]:
+    """(images, rows) of a region unit: the smallest of at least _UNIT_IMAGES images that cuts a
+    rank's batch evenly. A small one lets more rank counts share the same global batch.
+    """
+    counts = [n for n in range(1, images + 1) if images % n == 0 and rows % n == 0]
+    units = max([n for n in counts if images // n >= _UNIT_IMAGES], default=1)
+    return images // units, rows // units
+
+
+def _check_task(manifest: Manifest, task: str) -> None:
+    if manifest.task not in _ACCEPTED[task]:
+        raise ValueError(
+            f"{manifest.location}: holds '{manifest.task}' samples, but '{task}' batches need "
+            f"'{_SCHEMAS[task]}' (key data.train / data.val)"
+        )
+
+
 def build_loader(
-    task: str, folder: Path | str, *, tokenizer, batch: int, rank: int = 0, world_size: int = 1,
-    seed: int = 0, train: bool, image_size: int, patch_size: int = 16, max_tokens: int = 40,
-    max_answer_tokens: int = 8, mlm_probability: float = 0.25, mlm_max: int = 8,
-    rows_per_image: int = 1, augment: str = "none", workers: int = 0, block: int = 256,
-    window_blocks: int = 64, faults: str = "raise", max_fault_rate: float = 0.001,
-    region: RegionOptions | None = None, limit: int = 0, pin_memory: bool = False,
-    quarantine: Path | None = None,
+    task: str, data: Path | str | Sequence[DataSource], *, tokenizer, batch: int, rank: int = 0,
+    world_size: int = 1, seed: int = 0, train: bool, image_size: int, patch_size: int = 16,
+    max_tokens: int = 40, max_answer_tokens: int = 8, mlm_probability: float = 0.25,
+    mlm_max: int = 8, rows_per_image: int = 1, augment: str = "none", workers: int = 0,
+    block: int = 256, window_blocks: int = 64, groups: int = 0, mix_period: int = 1000,
+    faults: str = "raise", max_fault_rate: float = 0.001, region: RegionOptions | None = None,
+    limit: int = 0, pin_memory: bool = False, quarantine: Path | None = None,
+    remote: RemoteOptions | None = None,
 ) -> Loader:  # fmt: skip
     """The loader of one rank.
 
     Args:
         task: "pretrain", "region" (batches of data.region) or "vqa".
-        folder: shards with manifest.json.   tokenizer: from `data_pipeline.text.load_tokenizer`.
+        data: a folder or URL with manifest.json, or several with weights (training only).
+        tokenizer: from `data_pipeline.text.load_tokenizer`.
         batch: images per rank and micro-batch (region batches take region.images instead).
         train: endless, shuffled, augmented; else one pass in order with every question, padded
             rows not valid.
         image_size, patch_size: pixels.   max_tokens, max_answer_tokens: padded lengths.
         rows_per_image: questions drawn per image in training.   limit: only the first `limit`
             images; 0 is all.
+        groups: canonical groups of the order; 0 chooses (see `mixture.choose_groups`).
+        mix_period: places in which a mixture's shares are exact.
         faults: "raise" or "skip".   max_fault_rate: largest share of skipped samples.
-        quarantine: JSONL file of skipped samples.
+        quarantine: JSONL file of skipped samples.   remote: cache and retries of URLs.
 
     Raises:
         FileNotFoundError: no folder, manifest or shard.
@@ -221,18 +267,32 @@ def build_loader(
         raise ValueError(f"data.batch must be at least 1, is {size}")
     if workers < 0:
         raise ValueError(f"data.workers must not be negative, is {workers}")
-    manifest = load_manifest(Path(folder))
-    schemas = {"pretrain", "captioning", "retrieval"} if task == "pretrain" else {_SCHEMAS[task]}
-    if manifest.task not in schemas:
-        raise ValueError(
-            f"{manifest.folder}: holds '{manifest.task}' samples, but '{task}' batches need "
-            f"'{_SCHEMAS[task]}' (key data.train / data.val)"
-        )
-    plan = Plan(
-        manifest.shard_samples, manifest.hash, seed, block, window_blocks,
-        shuffle=train, limit=limit,
+    remote = remote or RemoteOptions()
+    sources = [(str(data), None)] if isinstance(data, str | Path) else [
+        (source.path, source.weight) for source in data
+    ]  # fmt: skip
+    if not sources or (len(sources) > 1 and not train):
+        raise ValueError("evaluation reads one data set, training at least one (data.train)")
+    manifests = [open_manifest(path, remote) for path, _ in sources]
+    for manifest in manifests:
+        _check_task(manifest, task)
+    samples = min(manifest.samples for manifest in manifests)
+    auto = train and not groups
+    if auto or not train:
+        window = block * window_blocks
+        groups = choose_groups(size * world_size, world_size, samples, window) if train else 1
+    unit = None
+    if task == "region" and region is not None:
+        unit = _unit(size, region.rows, world_size)
+    where = Position(
+        PlanSettings(task, seed, block, window_blocks, groups, train, limit),
+        [
+            DataSet(manifest.location, manifest.hash, manifest.shard_samples, weight)
+            for manifest, (_, weight) in zip(manifests, sources, strict=True)
+        ],
+        step_samples=size * world_size, ranks=world_size, mix_period=mix_period, unit=unit, auto_groups=auto,
     )  # fmt: skip
-    ledger = FaultLedger(faults, max_fault_rate, plan.samples // world_size, quarantine)
+    ledger = FaultLedger(faults, max_fault_rate, where.mixture.samples // world_size, quarantine)
     assembler = _assembler(
         task, tokenizer=tokenizer, seed=seed, train=train, image_size=image_size,
         patch_size=patch_size, max_tokens=max_tokens, max_answer_tokens=max_answer_tokens,
@@ -240,6 +300,7 @@ def build_loader(
         augment=augment, region=region,
     )  # fmt: skip
     return Loader(
-        manifest, plan, assembler, ledger, task=task, batch=size, rank=rank,
-        world_size=world_size, train=train, workers=workers, pin_memory=pin_memory,
+        manifests, [storage_for(m, remote) for m in manifests], where, assembler, ledger,
+        task=task, batch=size, rank=rank, world_size=world_size, train=train, workers=workers,
+        pin_memory=pin_memory,
     )  # fmt: skip

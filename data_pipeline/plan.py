@@ -1,14 +1,17 @@
-"""The order of samples as a pure function of (manifest hash, seed, epoch, block, window). Needs
-numpy only.
+"""The order of samples as a pure function of (manifest hash, seed, epoch, block, window, groups).
+Needs numpy only.
 
-Shards are cut into blocks of neighbouring samples, blocks are permuted, and each run of
-`window_blocks` permuted blocks is a window inside which samples are permuted. Training reads one
-endless stream: position p lies in epoch p // N. A step takes `step_samples` consecutive positions
-and rank r the r-th part of them, so the global batch does not depend on the number of ranks or
-workers, and the whole resume state is one number.
+Shards are cut into blocks of neighbouring samples and the blocks are permuted. The epoch is then
+dealt to `groups` canonical groups of equally many samples; in a group, each run of `window_blocks`
+permuted blocks is a window inside which samples are permuted. A group is an endless stream of its
+own: place p lies in epoch p // n. `mixture.py` lays the groups of one or more data sets side by
+side into the stream that training reads.
+
+Groups bound what a machine has to hold: a rank reads only its groups' windows. They are a property
+of the order, not of the machines, so another number of ranks changes who reads, never what.
 
 Randomness is Philox raw bits (stable across numpy versions) and a permutation of our own;
-`Generator.permutation` may change between versions. Memory: O(blocks + one window), never
+`Generator.permutation` may change between versions. Memory: O(blocks + windows in use), never
 O(samples).
 """
 
@@ -19,7 +22,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["PLAN_VERSION", "EpochOrder", "Plan", "Window", "permutation", "rank_slots"]
+__all__ = ["PLAN_VERSION", "EpochOrder", "Plan", "Window", "permutation"]
 
 PLAN_VERSION = 1
 _WORD = (1 << 64) - 1
@@ -38,19 +41,6 @@ def _bits(count: int, key: tuple[int, int], counter: tuple[int, int, int]) -> np
 def permutation(count: int, key: tuple[int, int], counter: tuple[int, int, int]) -> np.ndarray:
     """(count,) int64 permutation of range(count): the stable order of raw bits."""
     return np.argsort(_bits(count, key, counter), kind="stable")
-
-
-def rank_slots(start: int, step: int, step_samples: int, rank: int, ranks: int) -> tuple[int, int]:
-    """[first, last) stream positions of a rank in a step, counted from position `start`.
-
-    Raises:
-        ValueError: the step cannot be cut into equal parts.
-    """
-    if step_samples % ranks:
-        raise ValueError(f"global batch {step_samples} is not a multiple of {ranks} ranks")
-    share = step_samples // ranks
-    first = start + step * step_samples + rank * share
-    return first, first + share
 
 
 @dataclass(frozen=True)
@@ -84,14 +74,18 @@ class EpochOrder:
 
 @dataclass
 class Plan:
-    """Where each position of the stream lies.
+    """Where each place of each group's stream lies.
 
     Args:
         shard_samples: (shards,) samples of each shard.   manifest_hash: hexadecimal, identifies
             the data.
         shuffle: False keeps shard order (evaluation).   limit: only the first `limit` samples; 0
             is all.
-        groups: canonical groups of an epoch; positions refer to group 0 while there is one group.
+        groups: canonical groups of an epoch. Fewer than `groups` samples, another set in each
+            shuffled epoch, are left out of an epoch (`left_out`).
+
+    Raises:
+        ValueError: a setting below 1, no samples, or fewer samples than groups.
     """
 
     shard_samples: np.ndarray
@@ -110,8 +104,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.block < 1 or self.window_blocks < 1:
             raise ValueError("data.block and data.window_blocks must be at least 1")
-        if self.groups != 1:
-            raise ValueError(f"plan groups must be 1, is {self.groups}")
+        if self.groups < 1:
+            raise ValueError(f"data.groups must be at least 1, is {self.groups}")
         counts = np.asarray(self.shard_samples, np.int64)
         if self.limit > 0:
             before = np.cumsum(counts) - counts
@@ -120,6 +114,10 @@ class Plan:
         self.samples = int(counts.sum())
         if self.samples == 0:
             raise ValueError("the data folder has no samples")
+        if self.samples < self.groups:
+            raise ValueError(
+                f"{self.samples} samples cannot be dealt to {self.groups} groups (data.groups)"
+            )
         self._key = (int(self.manifest_hash[:16], 16), self.seed & _WORD)
         # Block table in shard order: every block but a shard's last is full.
         blocks = -(-counts // self.block)
@@ -133,6 +131,11 @@ class Plan:
     def group_samples(self) -> int:
         """Samples of a group in an epoch: groups are equal, a remainder is left out."""
         return self.samples // self.groups
+
+    @property
+    def left_out(self) -> int:
+        """Samples that an epoch leaves out."""
+        return self.samples % self.groups
 
     def order(self, epoch: int) -> EpochOrder:
         """The permuted blocks of an epoch (kept for the two epochs used last)."""
@@ -160,7 +163,7 @@ class Plan:
         return order
 
     def window(self, epoch: int, group: int, number: int) -> Window:
-        """One window, with its samples in the order of the stream (kept for the four used last)."""
+        """One window, with its samples in the order of the stream (the last used are kept)."""
         name = (epoch, group, number)
         if name in self._windows:
             self._windows.move_to_end(name)
@@ -174,35 +177,48 @@ class Plan:
         block = np.searchsorted(order.ends, linear, "right") - 1
         window = Window(
             low - int(order.bounds[group][0]),
-            order.shard[block],
-            order.start[block] + linear - order.ends[block],
+            order.shard[block].astype(np.int32),
+            (order.start[block] + linear - order.ends[block]).astype(np.int32),
         )
         self._windows[name] = window
-        while len(self._windows) > 4:
+        # A rank may serve every group, and each may stand at the border of two windows.
+        while len(self._windows) > 2 * self.groups + 2:
             self._windows.popitem(last=False)
         return window
 
-    def _find(self, position: int, group: int) -> tuple[Window, int]:
-        """The window that holds a position of a group's stream, and the position in it."""
-        epoch, inside = divmod(position, self.group_samples)
+    def window_of(self, place: int, group: int = 0) -> tuple[int, int]:
+        """(epoch, window number) of a place in a group's stream."""
+        epoch, inside = divmod(place, self.group_samples)
         bounds = self.order(epoch).bounds[group]
-        number = int(np.searchsorted(bounds, bounds[0] + inside, "right")) - 1
-        window = self.window(epoch, group, number)
-        return window, inside - window.first
+        return epoch, int(np.searchsorted(bounds, bounds[0] + inside, "right")) - 1
 
-    def locate(self, position: int, group: int = 0) -> tuple[int, int]:
-        """(shard, sample in the shard) at a position of the endless stream."""
-        window, inside = self._find(position, group)
+    def window_shards(self, epoch: int, group: int, number: int) -> list[int]:
+        """Shards of a window, in the order in which the stream first needs them. A number past the
+        epoch's last window means the next epoch's first.
+        """
+        if number + 1 >= len(self.order(epoch).bounds[group]):
+            epoch, number = epoch + 1, 0
+        return list(dict.fromkeys(self.window(epoch, group, number).shard.tolist()))
+
+    def _find(self, place: int, group: int) -> tuple[Window, int]:
+        """The window that holds a place of a group's stream, and the place in it."""
+        epoch, number = self.window_of(place, group)
+        window = self.window(epoch, group, number)
+        return window, place % self.group_samples - window.first
+
+    def locate(self, place: int, group: int = 0) -> tuple[int, int]:
+        """(shard, sample in the shard) at a place of a group's endless stream."""
+        window, inside = self._find(place, group)
         return int(window.shard[inside]), int(window.sample[inside])
 
-    def substitute(self, position: int, attempt: int, group: int = 0) -> tuple[int, int]:
+    def substitute(self, place: int, attempt: int, group: int = 0) -> tuple[int, int]:
         """(shard, sample) in the place of a bad one: of the same window, and the same at each
         replay.
         """
-        window, inside = self._find(position, group)
+        window, inside = self._find(place, group)
         if len(window) == 1:
             return int(window.shard[0]), int(window.sample[0])
-        bits = _bits(1, self._key, (_SUBSTITUTE, position & _WORD, (group << 40) | attempt))
+        bits = _bits(1, self._key, (_SUBSTITUTE, place & _WORD, (group << 40) | attempt))
         other = (inside + 1 + int(bits[0] % np.uint64(len(window) - 1))) % len(window)
         return int(window.shard[other]), int(window.sample[other])
 

@@ -1,19 +1,20 @@
 """The plan as a webdataset source, and the stages behind it.
 
 `PlannedSource` is stage 0 of a `wds.DataPipeline`: it yields ordinary sample dicts (`__key__`,
-`__url__`, extension -> bytes) in the order of the plan, each read with one pread. Workers hold no
-state: micro-batch m goes to worker m mod W, and torch's DataLoader returns batches in that order,
-    so the stream does not depend on W.
+`__url__`, extension -> bytes) in the order of the mixture, each read at once and checked against
+the index. Workers hold no state: micro-batch m goes to worker m mod W, and torch's DataLoader
+returns batches in that order, so the stream does not depend on W.
 """
 
 from __future__ import annotations
 
-import os
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import xxhash
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import map as map_stage
 from webdataset.pipeline import DataPipeline
@@ -22,9 +23,12 @@ from data_pipeline.batches import Batch
 from data_pipeline.collate import Assembler
 from data_pipeline.decode import decode_image
 from data_pipeline.faults import MAX_CONSECUTIVE, Fault, SkipSample
-from data_pipeline.index import Manifest, ShardError, ShardIndex, load_index
-from data_pipeline.plan import Plan, rank_slots
+from data_pipeline.manifest import Manifest
+from data_pipeline.mixture import Mixture, step_positions
 from data_pipeline.records import RecordError, image_members, parse_record
+from data_pipeline.shards import dump_json
+from data_pipeline.storage import ShardFile, Storage
+from data_pipeline.tar_headers import ShardError
 
 __all__ = ["Delivery", "PlannedSource", "ShardReader", "build_pipeline"]
 
@@ -33,61 +37,95 @@ _OPEN_SHARDS = 64
 
 
 class ShardReader:
-    """Reads samples by (shard, number). Files are opened when first used, in each process."""
+    """Reads samples by (data set, shard, number). Shards are opened when first used, in each
+    process.
 
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-        self._open: OrderedDict[int, tuple[int, ShardIndex]] = OrderedDict()
+    Args:
+        manifests: one per data set of the mixture; None for one that is never read.
+        storages: where the files of each lie.
+    """
 
-    def _shard(self, shard: int) -> tuple[int, ShardIndex]:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
-        path = self.manifest.path(shard)
-        index = load_index(path)
-        if len(index) != self.manifest.shards[shard].samples:
+    def __init__(
+        self, manifests: Sequence[Manifest | None], storages: Sequence[Storage | None]
+    ) -> None:
+        self.manifests = tuple(manifests)
+        self.storages = tuple(storages)
+        self._open: OrderedDict[tuple[int, int], ShardFile] = OrderedDict()
+
+    def _place(self, dataset: int) -> tuple[Manifest, Storage]:
+        manifest, storage = self.manifests[dataset], self.storages[dataset]
+        if manifest is None or storage is None:
+            raise ValueError(f"data set number {dataset} was taken out of the mixture")
+        return manifest, storage
+
+    def _shard(self, dataset: int, shard: int) -> ShardFile:
+        name = (dataset, shard)
+        if name in self._open:
+            self._open.move_to_end(name)
+            return self._open[name]
+        manifest, storage = self._place(dataset)
+        file = storage.open(manifest, shard)
+        if len(file.index) != manifest.shards[shard].samples:
+            file.close()
             raise ShardError(
-                f"{path}: the index has {len(index)} samples, the manifest "
-                f"{self.manifest.shards[shard].samples}; run: espalier data index {path.parent}"
+                f"{file.name}: the index has {len(file.index)} samples, the manifest "
+                f"{manifest.shards[shard].samples}; run: espalier data index {manifest.location}"
             )
-        self._open[shard] = (os.open(path, os.O_RDONLY | os.O_CLOEXEC), index)
+        self._open[name] = file
         while len(self._open) > _OPEN_SHARDS:
-            _, (descriptor, _) = self._open.popitem(last=False)
-            os.close(descriptor)
-        return self._open[shard]
+            self._open.popitem(last=False)[1].close()
+        return file
 
-    def read(self, shard: int, number: int) -> Sample:
-        """One sample as webdataset gives it: `__key__`, `__url__`, and its members by extension."""
-        descriptor, index = self._shard(shard)
-        members = index.members(number)
-        start = members[0][1]
-        length = members[-1][1] + members[-1][2] - start
-        raw = os.pread(descriptor, length, start)
-        if len(raw) != length:
-            raise ShardError(
-                f"{index.path}: the shard became shorter while it was read; restore it, or run: "
-                f"espalier data index {index.path.parent}"
-            )
-        sample: Sample = {"__key__": index.key(number), "__url__": str(index.path)}
-        for extension, offset, size in members:
-            sample[extension] = raw[offset - start : offset - start + size]
+    def read(self, dataset: int, shard: int, ordinal: int) -> Sample:
+        """One sample as webdataset gives it: `__key__`, `__url__`, and its members by extension.
+
+        A member whose bytes are not those that were indexed is marked (`__skip__`), so that damage
+        is reported instead of trained on.
+
+        Args:
+            ordinal: counts the samples that the folder's filter keeps.
+
+        Raises:
+            ShardError: the shard or its index is missing, cut or out of date.
+            TransientError: the network failed for longer than the retries last.
+        """
+        file = self._shard(dataset, shard)
+        number = self._place(dataset)[0].sample_number(shard, ordinal)
+        members = file.index.members(number)
+        start = members[0].offset
+        raw = memoryview(file.read(start, members[-1].offset + members[-1].size - start))
+        sample: Sample = {"__key__": file.index.key(number), "__url__": file.name}
+        for extension, offset, size, checksum in members:
+            data = raw[offset - start : offset - start + size]
+            if xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF != checksum:
+                reason = f"the bytes of member '.{extension}' are not those that were indexed"
+                sample["__skip__"] = SkipSample("hash", reason)
+            sample[extension] = bytes(data)
         return sample
+
+    def remote(self, dataset: int) -> bool:
+        """True where shards come over a network."""
+        return self._place(dataset)[0].remote
+
+    def announce(self, dataset: int, shards: Sequence[int]) -> None:
+        """Says which shards are needed next, so that a remote storage can fetch them."""
+        manifest, storage = self._place(dataset)
+        storage.prefetch(manifest, shards)
 
     def close(self) -> None:
         """Closes the shards of this process."""
         while self._open:
-            _, (descriptor, _) = self._open.popitem()
-            os.close(descriptor)
+            self._open.popitem()[1].close()
 
     def __getstate__(self) -> dict:
-        return {"manifest": self.manifest, "_open": OrderedDict()}
+        return self.__dict__ | {"_open": OrderedDict()}
 
     def __del__(self) -> None:
         self.close()
 
 
 class PlannedSource(IterableDataset):
-    """Samples of one rank in plan order.
+    """Samples of one rank in the order of a mixture.
 
     Each sample also has `__position__` (in the endless stream), `__attempt__` (0; substitutes
     count up) and `__valid__` (False where an evaluation pass is over and the step is only filled
@@ -99,32 +137,54 @@ class PlannedSource(IterableDataset):
     """
 
     def __init__(
-        self, reader: ShardReader, plan: Plan, *, batch: int, rank: int, ranks: int,
+        self, reader: ShardReader, mixture: Mixture, *, batch: int, rank: int, ranks: int,
         start: int = 0, steps: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.reader = reader
-        self.plan = plan
+        self.mixture = mixture
         self.batch = batch
         self.rank = rank
-        self.ranks = ranks
+        self.step_samples = batch * ranks
         self.start = start
         self.steps = steps
+        self._announced: dict[tuple[int, int], tuple[int, int]] = {}
 
-    def positions(self, step: int) -> range:
+    def positions(self, step: int) -> tuple[int, ...]:
         """Stream positions of this rank in micro-batch `step` of this run."""
-        return range(*rank_slots(self.start, step, self.batch * self.ranks, self.rank, self.ranks))
+        first = self.rank * self.batch
+        begin = self.start + step * self.step_samples
+        return step_positions(
+            begin, self.step_samples, self.mixture.groups, first, first + self.batch
+        )
 
     def planned(self, position: int) -> Sample:
         """The sample at a position."""
-        sample = self.reader.read(*self.plan.locate(position))
-        valid = self.steps is None or position < self.plan.samples
+        self._announce(position)
+        sample = self.reader.read(*self.mixture.locate(position))
+        valid = self.steps is None or position < self.mixture.samples
         return sample | {"__position__": position, "__attempt__": 0, "__valid__": valid}
+
+    def _announce(self, position: int) -> None:
+        """On entering a window, its shards and those of the next one are announced."""
+        slot = self.mixture.slot(position)
+        if not self.reader.remote(slot.dataset):
+            return
+        plan = self.mixture.plan(slot.dataset)
+        window = plan.window_of(slot.place, slot.group)
+        stream = (slot.dataset, slot.group)
+        if self._announced.get(stream) == window:
+            return
+        self._announced[stream] = window
+        epoch, number = window
+        near = plan.window_shards(epoch, slot.group, number)
+        far = plan.window_shards(epoch, slot.group, number + 1)
+        self.reader.announce(slot.dataset, list(dict.fromkeys(near + far)))
 
     def substitute(self, sample: Sample) -> Sample:
         """What takes the place of a bad sample. In an evaluation pass it does not count."""
         position, attempt = sample["__position__"], sample["__attempt__"] + 1
-        other = self.reader.read(*self.plan.substitute(position, attempt))
+        other = self.reader.read(*self.mixture.substitute(position, attempt))
         valid = sample["__valid__"] and self.steps is None
         return other | {"__position__": position, "__attempt__": attempt, "__valid__": valid}
 
@@ -147,17 +207,39 @@ class ToRecord:
     task: str
 
     def __call__(self, sample: Sample) -> Sample:
-        if "json" not in sample:
-            raise SkipSample("missing", "the sample has no .json member (captions or questions)")
+        raw = self._json(sample)
         names = image_members(self.task)[0]
         name = next((name for name in names if name in sample), None)
         if name is None:
             raise SkipSample("missing", f"the sample has no image member (.{', .'.join(names)})")
         try:
-            record = parse_record(self.task, sample["json"], sample["__url__"], sample["__key__"])
+            record = parse_record(self.task, raw, sample["__url__"], sample["__key__"])
         except RecordError as error:
             raise SkipSample("record", error.reason) from None
         return sample | {"record": record, "raw": sample[name]}
+
+    def _json(self, sample: Sample) -> bytes:
+        """The JSON member; of img2dataset's layout, the caption that stands in a member of its
+        own.
+        """
+        if self.task != "pretrain" or "txt" not in sample:
+            if "json" not in sample:
+                raise SkipSample(
+                    "missing", "the sample has no .json member (captions or questions)"
+                )
+            return sample["json"]
+        try:
+            caption = " ".join(sample["txt"].decode("utf-8").split())
+            known = json.loads(sample.get("json", b"{}"))
+        except ValueError as error:
+            raise SkipSample(
+                "record", f"the caption or JSON member is not valid: {error}"
+            ) from None
+        if isinstance(known, dict) and "captions" in known:
+            return sample["json"]
+        if not caption:
+            raise SkipSample("missing", "the caption (.txt) is empty")
+        return dump_json({"image_id": sample["__key__"], "captions": [caption]})
 
 
 def decode(sample: Sample) -> Sample:
@@ -227,7 +309,7 @@ class Delivery:
     """
 
     batch: Batch | None
-    positions: range = range(0)
+    positions: tuple[int, ...] = ()
     faults: tuple[Fault, ...] = ()
     error: str = ""
 
@@ -251,13 +333,13 @@ class Batcher:
                 if len(waiting) == self.batch or "__skip__" in sample:
                     yield self._deliver(waiting)
                     waiting = []
-        except (ShardError, FileNotFoundError) as error:
+        except (ShardError, OSError) as error:
             # A worker's exception would reach the user as a nested traceback.
             yield Delivery(None, error=str(error))
 
     def _deliver(self, samples: list[Sample]) -> Delivery:
         faults = tuple(fault for sample in samples for fault in sample["__faults__"])
-        positions = range(samples[0]["__position__"], samples[-1]["__position__"] + 1)
+        positions = tuple(sample["__position__"] for sample in samples)
         if "__skip__" in samples[-1]:
             return Delivery(None, positions, faults)
         batch = self.assembler.collate([sample["item"] for sample in samples])

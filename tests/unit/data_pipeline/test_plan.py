@@ -1,17 +1,18 @@
-"""The plan against a naive oracle: a bijection per epoch, the same for every number of ranks, at
-any start.
-"""
+"""The plan against a naive oracle: a bijection per epoch over its groups, pinned for ever."""
 
 from __future__ import annotations
 
+import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.plan import Plan, permutation, rank_slots
+from data_pipeline.mixture import Mixture, Segment, step_positions
+from data_pipeline.plan import Plan, permutation
 
 HASH = "0123456789abcdef0123456789abcdef"
 PINNED = [(1, 0), (1, 4), (0, 8), (0, 15), (0, 10), (1, 1), (1, 3), (0, 12), (0, 13), (0, 14)]
@@ -24,17 +25,38 @@ def make(counts, **options) -> Plan:
 
 
 @settings(max_examples=60, deadline=None)
-@given(counts=shards, block=st.integers(1, 50), window=st.integers(1, 5), epoch=st.integers(0, 3))
-def test_each_epoch_holds_every_sample_once(counts, block, window, epoch):
-    plan = make(counts, block=block, window_blocks=window)
+@given(
+    counts=shards,
+    block=st.integers(1, 50),
+    window=st.integers(1, 5),
+    epoch=st.integers(0, 3),
+    groups=st.integers(1, 7),
+)
+def test_each_epoch_holds_every_sample_once(counts, block, window, epoch, groups):
     total = sum(counts)
-    start = epoch * total
-    seen = [plan.locate(position) for position in range(start, start + total)]
-    assert sorted(seen) == [(s, n) for s, count in enumerate(counts) for n in range(count)]
+    groups = min(groups, total)
+    plan = make(counts, block=block, window_blocks=window, groups=groups)
+    share = total // groups
+    places = range(epoch * share, (epoch + 1) * share)
+    seen = [plan.locate(place, group) for group in range(groups) for place in places]
+    every = {(s, n) for s, count in enumerate(counts) for n in range(count)}
+    assert len(seen) == len(set(seen)) == total - plan.left_out
+    assert set(seen) <= every
+    assert plan.left_out == total % groups < groups
 
 
-def naive_epoch(counts, seed, block, window, epoch):
-    """The documented order, spelled out with lists."""
+def test_other_samples_are_left_out_each_epoch():
+    plan = make([100], block=4, groups=7)
+    every = {(0, n) for n in range(100)}
+    left = []
+    for epoch in range(6):
+        places = range(epoch * 14, (epoch + 1) * 14)
+        left.append(frozenset(every - {plan.locate(p, g) for g in range(7) for p in places}))
+    assert len(set(left)) > 1 and all(len(rest) == 2 for rest in left)
+
+
+def naive_epoch(counts, seed, block, window, epoch, groups):
+    """The documented order of each group, spelled out with lists."""
     blocks = [
         [(s, n) for n in range(first, min(first + block, count))]
         for s, count in enumerate(counts)
@@ -42,36 +64,36 @@ def naive_epoch(counts, seed, block, window, epoch):
     ]
     key = (int(HASH[:16], 16), seed)
     blocks = [blocks[n] for n in permutation(len(blocks), key, (1, epoch, 0))]
+    dealt = [(b, sample) for b, part in enumerate(blocks) for sample in part]
+    share = len(dealt) // groups
     result = []
-    for number, first in enumerate(range(0, len(blocks), window)):
-        samples = [sample for part in blocks[first : first + window] for sample in part]
-        order = permutation(len(samples), key, (2, epoch, number))
-        result += [samples[n] for n in order]
+    for group in range(groups):
+        mine = dealt[group * share : (group + 1) * share]
+        first = mine[0][0]
+        order = []
+        for number in range((mine[-1][0] - first) // window + 1):
+            samples = [sample for b, sample in mine if (b - first) // window == number]
+            shuffled = permutation(len(samples), key, (2, epoch, (group << 40) | number))
+            order += [samples[n] for n in shuffled]
+        result.append(order)
     return result
 
 
-@settings(max_examples=40, deadline=None)
-@given(counts=shards, block=st.integers(1, 20), window=st.integers(1, 4), epoch=st.integers(0, 2))
-def test_order_is_the_documented_one(counts, block, window, epoch):
-    plan = make(counts, block=block, window_blocks=window)
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=shards,
+    block=st.integers(1, 20),
+    window=st.integers(1, 4),
+    epoch=st.integers(0, 2),
+    groups=st.integers(1, 5),
+)
+def test_order_is_the_documented_one(counts, block, window, epoch, groups):
     total = sum(counts)
-    found = [plan.locate(epoch * total + n) for n in range(total)]
-    assert found == naive_epoch(counts, 3, block, window, epoch)
-
-
-@settings(max_examples=40, deadline=None)
-@given(step=st.integers(0, 50), share=st.integers(1, 5), start=st.integers(0, 1000))
-def test_ranks_only_slice_the_global_batch(step, share, start):
-    size = 12 * share
-    whole = list(range(start + step * size, start + (step + 1) * size))
-    for ranks in (1, 2, 3, 4, 6, 12):
-        parts = [range(*rank_slots(start, step, size, rank, ranks)) for rank in range(ranks)]
-        assert [position for part in parts for position in part] == whole
-
-
-def test_unequal_ranks_are_refused():
-    with pytest.raises(ValueError, match="not a multiple"):
-        rank_slots(0, 0, 10, 0, 3)
+    groups = min(groups, total)
+    plan = make(counts, block=block, window_blocks=window, groups=groups)
+    share = total // groups
+    found = [[plan.locate(epoch * share + n, g) for n in range(share)] for g in range(groups)]
+    assert found == naive_epoch(counts, 3, block, window, epoch, groups)
 
 
 def test_seed_epoch_and_data_change_the_order():
@@ -122,13 +144,54 @@ def test_order_is_pinned():
     assert found == PINNED
 
 
+@pytest.mark.parametrize("groups", [1, 12])
+def test_the_golden_file_holds_the_order(groups):
+    """The first 1,000 keys of a data set of 12,345 samples in 13 shards."""
+    golden = json.loads((Path(__file__).parent / "golden_order.json").read_text())
+    counts = [1000] * 12 + [345]
+    plan = Plan(np.asarray(counts), HASH, 7, 64, 8, groups=groups)
+    mixture = Mixture([plan], [Segment(0, (1,))])
+    positions = [
+        p for start in range(0, 1008, 24) for p in step_positions(start, 24, groups, 0, 24)
+    ]
+    found = ["{1:02d}-{2:04d}".format(*mixture.locate(position)) for position in positions[:1000]]
+    assert found == golden[str(groups)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(counts=shards, groups=st.integers(1, 4), place=st.integers(0, 60), ahead=st.integers(0, 1))
+def test_window_shards_are_those_that_are_read(counts, groups, place, ahead):
+    groups = min(groups, sum(counts))
+    plan = make(counts, groups=groups)
+    group = place % groups
+    epoch, number = plan.window_of(place, group)
+    now = [
+        n
+        for n in range(place, place + plan.group_samples)
+        if plan.window_of(n, group) == (epoch, number)
+    ]
+    if ahead:
+        following = plan.window_of(now[-1] + 1, group)
+        now = [
+            n
+            for n in range(now[-1] + 1, now[-1] + 1 + plan.group_samples)
+            if plan.window_of(n, group) == following
+        ]
+        read = [plan.locate(n, group)[0] for n in now]
+        assert plan.window_shards(epoch, group, number + 1) == list(dict.fromkeys(read))
+    else:
+        assert {plan.locate(n, group)[0] for n in now} <= set(
+            plan.window_shards(epoch, group, number)
+        )
+
+
 def test_neighbours_are_mixed():
     plan = Plan(np.full(40, 256), HASH, 0, block=256, window_blocks=8)
     places = np.asarray([plan.locate(position) for position in range(2048)])
     assert len(set(places[:64, 0].tolist())) == 8
 
 
-@pytest.mark.parametrize("bad", [{"block": 0}, {"window_blocks": 0}, {"groups": 2}])
+@pytest.mark.parametrize("bad", [{"block": 0}, {"window_blocks": 0}, {"groups": 0}, {"groups": 11}])
 def test_bad_settings(bad):
     with pytest.raises(ValueError):
         make([10], **bad)
