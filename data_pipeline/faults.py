@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["MAX_CONSECUTIVE", "Fault", "FaultError", "FaultLedger", "SkipSample"]
+__all__ = ["FAULT_KINDS", "MAX_CONSECUTIVE", "Fault", "FaultError", "FaultLedger", "SkipSample"]
 
 MAX_CONSECUTIVE = 100
+FAULT_KINDS = ("decode", "missing", "record", "pixels", "box", "hash")
 
 
 class FaultError(ValueError):
@@ -28,7 +29,7 @@ class SkipSample(Exception):
     """Raised by a pipeline stage for a sample that can never be used.
 
     Args:
-        kind: short name to count by: "decode", "missing", "record", "pixels", "box", "hash".
+        kind: what to count it as, one of FAULT_KINDS.
         reason: one sentence for people.
     """
 

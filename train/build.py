@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from data_pipeline.loader import Loader, build_loader
+from data_pipeline.remote import RemoteOptions
 from data_pipeline.text import load_tokenizer
 from models import from_pretrained, presets
 from models.config import ModelConfig
@@ -24,7 +25,7 @@ from models.initialise import (
 )
 from models.xvlm import XVLM
 from train.checkpoint.manager import CheckpointManager
-from train.config import RunConfig
+from train.config import RemoteConfig, RunConfig, SourceConfig
 from train.evaluation.pictures import vqa_pictures
 from train.evaluation.runner import evaluate
 from train.evaluation.vqa import AnswerList
@@ -82,7 +83,7 @@ def tokenizer_folder(config: RunConfig) -> Path:
     if config.data.tokenizer is not None:
         folder = Path(config.data.tokenizer)
     else:
-        folder = Path(config.data.train).parent.parent / "tokenizer"
+        folder = Path(config.data.folder).parent.parent / "tokenizer"
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder}: no tokenizer there; name one with data.tokenizer=FOLDER (a Hugging Face "
@@ -166,7 +167,7 @@ def _with_task_vector(student: XVLM, config: RunConfig, teacher: XVLM | None) ->
 
 def answers_file(config: RunConfig) -> Path:
     """Where the candidate answers lie: beside the split's folder (DIR/vqa/answers.json)."""
-    return Path(config.data.train).parent / "answers.json"
+    return Path(config.data.folder).parent / "answers.json"
 
 
 def load_answers(config: RunConfig, tokenizer: Any) -> AnswerList | None:
@@ -186,10 +187,22 @@ def build_task(
     )
 
 
+def remote_options(remote: RemoteConfig) -> RemoteOptions:
+    """The run file's `data.remote` for the data pipeline."""
+    return RemoteOptions(
+        cache_dir=None if remote.cache is None else Path(remote.cache),
+        cache_gb=remote.cache_gb,
+        retries=remote.retries,
+        timeout_s=remote.timeout_s,
+        deadline_s=remote.deadline_s,
+        allow_pipe=remote.allow_pipe,
+    )
+
+
 def _loader(
     config: RunConfig,
     task: str,
-    folder: str,
+    source: str | Sequence[SourceConfig],
     model: ModelConfig,
     tokenizer: Any,
     dist: Distributed,
@@ -198,7 +211,7 @@ def _loader(
     data = config.data
     return build_loader(
         task,
-        Path(folder),
+        source,
         tokenizer=tokenizer,
         batch=data.batch if train else config.eval.batch,
         rank=dist.rank,
@@ -216,12 +229,15 @@ def _loader(
         workers=data.workers if train else 0,
         block=data.block,
         window_blocks=data.window_blocks,
+        groups=data.groups,
+        mix_period=data.mix_period,
         faults=data.faults,
         max_fault_rate=data.max_fault_rate,
         region=data.region,
         limit=0 if train else config.eval.samples,
         pin_memory=dist.device.type == "cuda",
         quarantine=Path(config.out) / f"quarantine_{dist.rank:04d}.jsonl" if train else None,
+        remote=remote_options(data.remote),
     )
 
 
@@ -261,8 +277,8 @@ def build(config: RunConfig, dist: Distributed) -> Run:
         config, EngineModule(student, task, teacher), parameter_groups(student, set(), config.optim)
     )
 
-    def loader(kind: str, folder: str, train: bool) -> Loader:
-        return _loader(config, kind, folder, student.config, tokenizer, dist, train)
+    def loader(kind: str, source: str | Sequence[SourceConfig], train: bool) -> Loader:
+        return _loader(config, kind, source, student.config, tokenizer, dist, train)
 
     kind = "vqa" if config.task == "vqa" else "pretrain"
     regions = config.data.region.probability > 0 and kind == "pretrain"

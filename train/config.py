@@ -6,7 +6,7 @@ resolved in the order: defaults here, recipe, overrides.
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Any, Literal
 
 from pydantic import ConfigDict
@@ -23,9 +23,12 @@ __all__ = [
     "OptimConfig",
     "PruneConfig",
     "RegionConfig",
+    "RemoteConfig",
     "RunConfig",
+    "SourceConfig",
     "TeacherConfig",
     "UserError",
+    "per_rank",
 ]
 
 Stage = Literal["pretrain", "distill", "finetune", "prune"]
@@ -43,13 +46,49 @@ class UserError(ValueError):
 class RegionConfig:
     """Region batches (X-VLM). With `probability` a region step runs BEFORE the general step, as its
     own optimizer step; the learning-rate schedule counts general steps only.
+
+    Attributes:
+        images, rows: per rank and micro-batch.   global_images, global_rows: over all ranks; given
+            together, they replace `images` and `rows`.
     """
 
     probability: float = 0.0
     images: int = 48
     rows: int = 128
+    global_images: int | None = None
+    global_rows: int | None = None
     max_regions: int = 5
     min_fraction_in_crop: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SourceConfig:
+    """One data set of a mixture: a folder or URL with manifest.json.
+
+    Attributes:
+        weight: its share of the samples; None is as many shares as it has samples.
+    """
+
+    path: str
+    weight: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RemoteConfig:
+    """Data that lie behind a URL (http, https, s3, gs, az), and the local cache of their shards.
+
+    Attributes:
+        cache: folder shared by the processes of a node; None reads ranges over the network.
+        cache_gb: its size limit.   retries, timeout_s, deadline_s: of one transfer.
+        allow_pipe: admit `pipe:COMMAND` sources, which run a program.
+    """
+
+    cache: str | None = None
+    cache_gb: float = 100.0
+    retries: int = 8
+    timeout_s: float = 30.0
+    deadline_s: float = 600.0
+    allow_pipe: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -57,20 +96,26 @@ class DataConfig:
     """Shards and how a batch is made from them.
 
     Attributes:
-        train, val: folders made by `espalier data ...` (with manifest.json).
-        region: folder for region batches; None uses `train`.
-        batch: images per rank and micro-batch.   rows_per_image: questions drawn per image (VQA).
+        train, val: folders or URLs made by `espalier data ...` (with manifest.json); `train` may be
+            a list of {path, weight}, a mixture.
+        region_train: the same for region batches; None uses `train`.
+        batch: images per rank and micro-batch.   global_batch: over all ranks; given, it replaces
+            `batch`, so that a run can go on with another number of ranks unchanged.
+        rows_per_image: questions drawn per image (VQA).
         max_tokens: text length after padding.   augment: "none", "blocksworld", "pretrain" or
             "finetune".
         window_blocks, block: shuffle window (blocks of samples mixed at a time) and block size.
+        groups: canonical groups of the order; 0 chooses (docs/data.md).   mix_period: samples in
+            which the shares of a mixture are exact.
         faults: "raise", or "skip" (count, record, substitute) for samples that cannot be decoded.
     """
 
-    train: str
+    train: str | tuple[SourceConfig, ...]
     val: str | None = None
-    region_train: str | None = None
+    region_train: str | tuple[SourceConfig, ...] | None = None
     tokenizer: str | None = None
     batch: int = 64
+    global_batch: int | None = None
     rows_per_image: int = 1
     max_tokens: int = 40
     max_answer_tokens: int = 8
@@ -80,9 +125,17 @@ class DataConfig:
     workers: int = 0
     block: int = 256
     window_blocks: int = 64
+    groups: int = 0
+    mix_period: int = 1000
     faults: Literal["raise", "skip"] = "raise"
     max_fault_rate: float = 0.001
     region: RegionConfig = RegionConfig()
+    remote: RemoteConfig = RemoteConfig()
+
+    @property
+    def folder(self) -> str:
+        """The (first) data set of `train`, beside which tokenizer and answer list are looked for."""
+        return self.train if isinstance(self.train, str) else self.train[0].path
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -250,3 +303,34 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
+
+
+def _share(value: int | None, key: str, ranks: int, otherwise: int) -> int:
+    if value is None:
+        return otherwise
+    if value < ranks or value % ranks:
+        near = max(1, value // ranks) * ranks
+        raise UserError(
+            f"{key}: {value} is not a multiple of {ranks} ranks; use {near}, or another number of "
+            "ranks"
+        )
+    return value // ranks
+
+
+def per_rank(config: RunConfig, ranks: int) -> RunConfig:
+    """The configuration with sizes over all ranks (data.global_batch, data.region.global_*) turned
+    into sizes of a rank.
+
+    Raises:
+        UserError: a size that the ranks do not divide, or only one of the two region sizes.
+    """
+    data, region = config.data, config.data.region
+    if (region.global_images is None) != (region.global_rows is None):
+        raise UserError("data.region: give global_images and global_rows together")
+    region = replace(
+        region,
+        images=_share(region.global_images, "data.region.global_images", ranks, region.images),
+        rows=_share(region.global_rows, "data.region.global_rows", ranks, region.rows),
+    )
+    batch = _share(data.global_batch, "data.global_batch", ranks, data.batch)
+    return replace(config, data=replace(data, batch=batch, region=region))

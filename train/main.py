@@ -174,7 +174,7 @@ def _stage(name: str, rest: Sequence[str]) -> int:
     _warn(config, sources)
     from train import stages
 
-    return stages.run(config, options.resume, options.dry_run)
+    return stages.run(config, options.resume, options.dry_run, options.rebase)
 
 
 def _stage_parser(name: str) -> argparse.ArgumentParser:
@@ -198,6 +198,12 @@ def _stage_parser(name: str) -> argparse.ArgumentParser:
         metavar="auto|PATH|none",
         help="auto: go on from the last valid checkpoint, if there is one (default); "
         "PATH: from this one; none: start over, keeping old checkpoints aside",
+    )
+    parser.add_argument(
+        "--rebase",
+        action="store_true",
+        help="resume although data sets, weights or order settings changed: a new order begins where "
+        "the run stands, and its checkpoints record it",
     )
     parser.add_argument(
         "--dry-run",

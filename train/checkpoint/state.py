@@ -20,7 +20,22 @@ __all__ = ["check_config", "collect", "plain_config", "restore", "rng_state", "s
 
 VERSION = 1
 # Keys that may change between save and resume: how long, how often to look and to save, and where.
+# What the data are and how they are ordered is checked by the loaders, which know it exactly.
+_DATA = (
+    "data.train",
+    "data.region_train",
+    "data.block",
+    "data.window_blocks",
+    "data.groups",
+    "data.mix_period",
+    "data.batch",
+    "data.global_batch",
+    "data.region.images",
+    "data.region.rows",
+    "data.region.global_",
+)
 _MAY_CHANGE = (
+    *_DATA,
     "out",
     "optim.steps",
     "log.",
@@ -28,6 +43,9 @@ _MAY_CHANGE = (
     "eval.",
     "data.workers",
     "data.val",
+    "data.remote.",
+    # The optimizer batch is micro-batch x ranks x accumulation: the loaders check the first two.
+    "engine.accumulate",
     "teacher.backend",
 )
 
@@ -100,19 +118,29 @@ def collect(
 
 
 def restore(
-    state: dict[str, Any], *, loader: Any, region_loader: Any = None, gates: Any = None
+    state: dict[str, Any],
+    *,
+    loader: Any,
+    region_loader: Any = None,
+    gates: Any = None,
+    rebase: bool = False,
 ) -> None:
-    """Puts a state of `collect` back (not the counters: the loop owns them). Raises UserError on
-    another version.
+    """Puts a state of `collect` back (not the counters: the loop owns them).
+
+    Args:
+        rebase: accept changed data; see `data_pipeline.loader.Loader.load_state_dict`.
+
+    Raises:
+        UserError: another version.   ValueError: the data are not those of the state.
     """
     if state.get("version") != VERSION:
         raise UserError(
             f"the checkpoint's state has version {state.get('version')!r}, this program reads "
             f"{VERSION}"
         )
-    loader.load_state_dict(state["loader"])
+    loader.load_state_dict(state["loader"], rebase)
     if region_loader is not None and state["region_loader"] is not None:
-        region_loader.load_state_dict(state["region_loader"])
+        region_loader.load_state_dict(state["region_loader"], rebase)
     if gates is not None and state["gates"] is not None:
         gates.load_state_dict(state["gates"])
     if state["rng"] is not None:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.batches import Batch
+from data_pipeline.faults import FAULT_KINDS
 from train.checkpoint import state as run_state
 from train.config import RunConfig, UserError
 from train.runtime.engine import gathered
@@ -66,19 +67,20 @@ class _Window:
             self.counts[key] = self.counts.get(key, 0.0) + result.counts[name]
 
 
-def train(run: Run, resume: str = "auto") -> int:
+def train(run: Run, resume: str = "auto", rebase: bool = False) -> int:
     """Trains to `config.optim.steps` and writes `model/`. Returns 0, or 75 when a signal stopped it
     after a save.
 
     Args:
         resume: "auto" (last valid checkpoint, if any), a checkpoint path, or "none".
+        rebase: accept changed data; a new order begins at the checkpoint's position.
     Collective. Raises NonFiniteError when training diverges, UserError when a checkpoint does not
     fit this run.
     """
     handlers = open_logs(run.directory, run.dist.rank)
     try:
         with stop_on_signals() as stop:
-            return _train(run, resume, stop)
+            return _train(run, resume, rebase, stop)
     except BaseException:
         _LOG.exception("the run failed")
         raise
@@ -86,8 +88,8 @@ def train(run: Run, resume: str = "auto") -> int:
         close_logs(handlers)
 
 
-def _train(run: Run, resume: str, stop: StopFlag) -> int:
-    config, progress = run.config, restore(run, resume)
+def _train(run: Run, resume: str, rebase: bool, stop: StopFlag) -> int:
+    config, progress = run.config, restore(run, resume, rebase)
     run.monitor = run.open_monitor(progress.step)
     general = iter(run.loader)
     region = iter(run.region_loader) if run.region_loader is not None else None
@@ -113,7 +115,7 @@ def _train(run: Run, resume: str, stop: StopFlag) -> int:
     return 0
 
 
-def restore(run: Run, resume: str) -> Progress:
+def restore(run: Run, resume: str, rebase: bool = False) -> Progress:
     """Puts a checkpoint's state into the run, and says where it stands."""
     current = run_state.plain_config(run.config)
 
@@ -123,7 +125,14 @@ def restore(run: Run, resume: str) -> Progress:
     state = run.checkpoints.load(run.engine, resume, check=check)
     if state is None:
         return Progress()
-    run_state.restore(state, loader=run.loader, region_loader=run.region_loader, gates=run.gates)
+    run_state.restore(
+        state,
+        loader=run.loader,
+        region_loader=run.region_loader,
+        gates=run.gates,
+        rebase=rebase,
+    )
+    _tell_batch_change(state, run)
     progress = Progress(step=state["step"], samples=state["samples"], saved=state["step"])
     _LOG.info("resumed at step %d (%d samples)", progress.step, progress.samples)
     if progress.step > run.config.optim.steps:
@@ -132,6 +141,15 @@ def restore(run: Run, resume: str) -> Progress:
             f"{progress.step}: raise optim.steps, or pass --resume none"
         )
     return progress
+
+
+def _tell_batch_change(state: dict[str, Any], run: Run) -> None:
+    """The data go on exactly whatever the batch size; the optimization does not, and says so."""
+    before = state["loader"].get("step_samples", 0) * state["config"].get("engine.accumulate", 1)
+    now = getattr(run.loader, "global_batch", 0) * run.config.engine.accumulate
+    if before and now and before != now:
+        _LOG.warning("an optimizer step has %d images, it had %d (data.batch x ranks x engine."
+                     "accumulate)", now, before)  # fmt: skip
 
 
 def save(run: Run, progress: Progress) -> None:
@@ -261,11 +279,23 @@ def make_record(
         "samples_per_s": window.samples * run.dist.world_size / seconds,
         "data_wait": means[-1],
         "grad_norm": window.grad_norm,
-        "faults": {"nonfinite": guard.total, **getattr(run.loader, "faults", {})},
+        "faults": {"nonfinite": guard.total, **_faults(run)},
     }
     if run.gates is not None:
         record["sparsity"] = run.gates.metrics()
     return record
+
+
+def _faults(run: Run) -> dict[str, int]:
+    """Skipped samples of all ranks by kind, since this process began. Collective."""
+    own = dict.fromkeys(FAULT_KINDS, 0)
+    for loader in (run.loader, run.region_loader):
+        for kind, count in getattr(loader, "faults", {}).items():
+            own[kind] += count
+    counts = torch.tensor(list(own.values()), dtype=torch.float64, device=run.engine.device)
+    if run.dist.world_size > 1:
+        dist.all_reduce(counts)
+    return {kind: int(n) for kind, n in zip(own, counts.tolist(), strict=True) if n}
 
 
 def _finish(run: Run, progress: Progress) -> None:

@@ -7,7 +7,9 @@ from train.config import RunConfig
 __all__ = ["run"]
 
 
-def run(config: RunConfig, resume: str = "auto", dry_run: bool = False) -> int:
+def run(
+    config: RunConfig, resume: str = "auto", dry_run: bool = False, rebase: bool = False
+) -> int:
     """Run one stage, or describe it without data or devices (`dry_run`).
 
     Returns:
@@ -25,4 +27,4 @@ def run(config: RunConfig, resume: str = "auto", dry_run: bool = False) -> int:
         return 0
     from train.stages.walk import walk
 
-    return walk(config, resume)
+    return walk(config, resume, rebase)

@@ -11,7 +11,7 @@ from models import presets
 from models.config import ModelConfig
 from models.xvlm import XVLM
 from train.build import is_model_folder, model_config
-from train.config import RunConfig
+from train.config import RunConfig, per_rank
 from train.runtime.engine import engine_settings, zero_stage
 
 __all__ = ["describe", "memory_estimate"]
@@ -101,6 +101,7 @@ def describe(config: RunConfig, ranks: int = 8) -> str:
     Raises:
         ValueError, FileNotFoundError: the configuration cannot become a model.
     """
+    config = per_rank(config, ranks)
     student = model_config(config, None)
     model = _on_meta(student)
     parameters = _count(model)

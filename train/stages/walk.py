@@ -10,7 +10,7 @@ from pathlib import Path
 from models import from_pretrained
 from models.pruning.surgery import prune, sparsity_report
 from train.build import Run, answers_file, build
-from train.config import RunConfig
+from train.config import RunConfig, per_rank
 from train.provenance import provenance
 from train.recipes_io import dump_run_yaml
 from train.runtime.distributed import finish, start
@@ -21,8 +21,11 @@ __all__ = ["slim_model", "walk"]
 _LOG = logging.getLogger(__name__)
 
 
-def walk(config: RunConfig, resume: str) -> int:
+def walk(config: RunConfig, resume: str, rebase: bool = False) -> int:
     """Build, resume, train, and leave `model/` in the run directory. Collective over ranks.
+
+    Args:
+        rebase: resume although the data changed; see `Loader.load_state_dict`.
 
     Returns:
         0 when done, 75 when a signal stopped the run after a checkpoint.
@@ -32,12 +35,13 @@ def walk(config: RunConfig, resume: str) -> int:
     dist = start()
     failed = True
     try:
+        config = per_rank(config, dist.world_size)
         directory = Path(config.out)
         if dist.rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
             dump_run_yaml(config, directory / "run.yaml", provenance(dist.world_size))
         run = build(config, dist)
-        code = train(run, resume)
+        code = train(run, resume, rebase)
         if code == 0 and run.gates is not None:
             save_model(run)
             if dist.rank == 0:
