@@ -68,6 +68,7 @@ class Attention(nn.Module):
     Args:
         width: D of the queries and of the output.   heads: H, possibly 0.   head_dim: d.
         key_width: width of keys and values (defaults to `width`).   dropout: on probabilities.
+        qkv_bias: q, k and v have biases.
     """
 
     def __init__(
@@ -78,16 +79,17 @@ class Attention(nn.Module):
         *,
         key_width: int | None = None,
         dropout: float = 0.0,
+        qkv_bias: bool = True,
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.dropout = heads, head_dim, dropout
-        self.width, self.key_width = width, key_width or width
+        self.width, self.key_width, self.qkv_bias = width, key_width or width, qkv_bias
         self.gate = GateSlot(heads)
         inner = heads * head_dim
         if heads:
-            self.q = nn.Linear(width, inner)
-            self.k = nn.Linear(self.key_width, inner)
-            self.v = nn.Linear(self.key_width, inner)
+            self.q = nn.Linear(width, inner, bias=qkv_bias)
+            self.k = nn.Linear(self.key_width, inner, bias=qkv_bias)
+            self.v = nn.Linear(self.key_width, inner, bias=qkv_bias)
             self.out: nn.Module = nn.Linear(inner, width)
         else:
             self.out = BiasOnly(width)
@@ -95,7 +97,7 @@ class Attention(nn.Module):
     @property
     def parameters_per_head(self) -> int:
         """What removing one head saves: rows and biases of q, k, v, and columns of out."""
-        return self.head_dim * (2 * self.width + 2 * self.key_width + 3)
+        return self.head_dim * (2 * self.width + 2 * self.key_width + 3 * self.qkv_bias)
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, N, H d) -> (B, H, N, d)."""
@@ -200,10 +202,11 @@ class ViTBlock(nn.Module):
         eps: float,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
+        qkv_bias: bool = True,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attention = Attention(width, heads, head_dim)
+        self.attention = Attention(width, heads, head_dim, qkv_bias=qkv_bias)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.ffn = FeedForward(width, units, activation, gate_position)
         scaled = layer_scale is not None
