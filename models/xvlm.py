@@ -10,7 +10,7 @@ by `external_parameters`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models import io
 from models.bert import TextStack, initialise_bert
-from models.config import ModelConfig
+from models.config import HEADS, ModelConfig
 from models.decoder import AnswerDecoder, DecoderOutput
 from models.gates import GateSlot
 from models.heads import ContrastiveTemperature, FeatureProjection, MlpHead, TokenHead
@@ -35,26 +35,29 @@ _NOTHING = Capture()
 class XVLM(nn.Module):
     """A vision-language model as its configuration says.
 
-    Form "pretrain" has projections, temperature, matching, box and masked-token heads; form "vqa"
-    has the answer decoder instead. Fresh weights are drawn from torch's global generator.
+    `config.HEADS` lists the modules of each form; a method that needs one which the form has not
+    raises a ValueError that says so. Fresh weights are drawn from torch's global generator.
     """
+
+    image_projection: FeatureProjection
+    text_projection: FeatureProjection
+    contrastive: ContrastiveTemperature
+    itm_head: MlpHead
+    bbox_head: MlpHead
+    cls_head: MlpHead
+    mlm_head: TokenHead
+    lm_head: TokenHead
+    ta_head: nn.Linear
+    decoder: AnswerDecoder | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        text, width = config.text, config.text.width
         self.vision = VisionEncoder(config.vision)
-        self.text = TextStack(text, config.vision.width)
-        self.decoder: AnswerDecoder | None = None
-        if config.form == "pretrain":
-            self.image_projection = FeatureProjection(config.vision.width, config.embed_dim)
-            self.text_projection = FeatureProjection(width, config.embed_dim)
-            self.contrastive = ContrastiveTemperature()
-            self.itm_head = MlpHead(width, 2)
-            self.bbox_head = MlpHead(width, 4)
-            self.mlm_head = TokenHead(width, text.vocab_size, text.norm_eps)
-        if config.decoder is not None:
-            self.decoder = AnswerDecoder(config.decoder, text)
+        self.text = TextStack(config.text, config.vision.width)
+        self.decoder = None
+        for name in HEADS[config.form]:
+            setattr(self, name, _head(name, config))
         self._pixel_constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._initialise()
 
@@ -306,3 +309,23 @@ def _gated_cross(prefix: str, layer: BertLayer) -> Iterator[tuple[str, Attention
     yield f"{prefix}.self_heads", layer.attention
     yield f"{prefix}.cross_heads", layer.cross_attention
     yield f"{prefix}.ffn", layer.ffn
+
+
+def _head(name: str, config: ModelConfig) -> nn.Module:
+    """A module that stands beside the encoders, by its name in `HEADS`."""
+    text, width = config.text, config.text.width
+    if name == "decoder":
+        assert config.decoder is not None  # the configuration checks it
+        return AnswerDecoder(config.decoder, text)
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "image_projection": lambda: FeatureProjection(config.vision.width, config.embed_dim),
+        "text_projection": lambda: FeatureProjection(width, config.embed_dim),
+        "contrastive": ContrastiveTemperature,
+        "itm_head": lambda: MlpHead(width, 2),
+        "bbox_head": lambda: MlpHead(width, 4),
+        "mlm_head": lambda: TokenHead(width, text.vocab_size, text.norm_eps),
+        "lm_head": lambda: TokenHead(width, text.vocab_size, text.norm_eps),
+        "cls_head": lambda: MlpHead(width, 2),
+        "ta_head": lambda: nn.Linear(width, 3),
+    }
+    return makers[name]()
