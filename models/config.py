@@ -118,9 +118,14 @@ class VisionConfig:
         return 1 + self.patches
 
     @property
+    def position_prefix(self) -> int:
+        """Rows of the position table in front of those of the patches."""
+        return self.prefix_tokens if self.prefix_positions else 0
+
+    @property
     def position_rows(self) -> int:
         """Rows of the position table."""
-        return self.tokens if self.prefix_positions else self.patches
+        return self.position_prefix + self.patches
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
