@@ -151,6 +151,8 @@ def _members(
         data["width"], data["height"] = size
         if not any(data.get(name) for name in ("captions", "elems", "expressions")):
             raise SkipSample("drop", "no caption, and no box of a pixel or more")
+    lists = ("captions", "elems", "expressions", "questions", "statements")
+    found.update({name: len(data[name]) for name in lists if isinstance(data.get(name), list)})
     raw = dump_json(data)
     try:
         parse_record(job.task, raw, str(job.folder), item.key)
@@ -324,7 +326,7 @@ def _finish(job: _Job, source: str, split: str, units: int, left_out: Mapping[st
         "max_side": job.max_side,
         "images": totals["images"],
         "skipped": len(skipped),
-        "counts": {name: details[name] for name in sorted(details) if details[name]},
+        "counts": {name: number for name, number in sorted(details.items()) if number},
     }
     write_manifest(job.folder, job.task, split, extra)
     shutil.rmtree(job.folder / _ACCOUNTS, ignore_errors=True)

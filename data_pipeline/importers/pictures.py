@@ -129,27 +129,29 @@ class PictureFinder:
             except zipfile.BadZipFile:
                 raise ValueError(f"{root}: neither a folder nor a zip of images") from None
 
-    def find(self, name: str) -> Picture:
-        """The picture called `name`; one that is nowhere is reported when it is read.
+    def find(self, *names: str) -> Picture:
+        """The picture of the first of these names that exists.
+
+        One that is nowhere is given all the same, and reported when it is read.
 
         Raises: ValueError for a name that leads out of a folder, or fits two members of a zip.
         """
-        for root in self.roots:
-            path = safe_path(root, name)
-            members = self._members.get(root)
-            if members is None:
-                if not path.resolve().is_relative_to(root.resolve()):
-                    raise ValueError(f"file name {name!r} leads out of {root}: refused")
-                if path.is_file():
-                    return Picture(path)
-                continue
-            wanted = "/" + str(PurePosixPath(name))
-            fitting = [m for m in members.get(path.name, ()) if f"/{m}".endswith(wanted)]
-            if len(fitting) > 1:
-                raise ValueError(f"{root}: {name!r} fits {len(fitting)} members, such as {fitting}")
-            if fitting:
-                return Picture(root, fitting[0])
-        return Picture(self.roots[0] / name)
+        for name in names:
+            for root in self.roots:
+                found = self._in(root, name)
+                if found is not None:
+                    return found
+        return Picture(self.roots[0] / names[0])
+
+    def _in(self, root: Path, name: str) -> Picture | None:
+        path = safe_path(root, name)
+        if root not in self._members:
+            return Picture(path) if path.is_file() else None
+        wanted = f"/{path.relative_to(root).as_posix()}"
+        fitting = [m for m in self._members[root].get(path.name, ()) if f"/{m}".endswith(wanted)]
+        if len(fitting) > 1:
+            raise ValueError(f"{root}: {name!r} fits {len(fitting)} members: {fitting[:4]}")
+        return Picture(root, fitting[0]) if fitting else None
 
 
 def _by_name(members: Iterable[str]) -> dict[str, list[str]]:
