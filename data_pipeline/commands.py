@@ -119,7 +119,8 @@ def _run_blocksworld(args: argparse.Namespace) -> int:
 
 
 def _run_index(args: argparse.Namespace) -> int:
-    from data_pipeline.index import MANIFEST_NAME, build_index, write_manifest
+    from data_pipeline.index import build_index
+    from data_pipeline.manifest import MANIFEST_NAME, write_manifest
     from data_pipeline.records import TASKS
     from data_pipeline.verify import data_folders
 
@@ -143,7 +144,7 @@ def _old_manifest(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    renewed = ("version", "samples", "shards", "hash")
+    renewed = ("version", "samples", "members", "shards", "filter", "keys_hash", "hash")
     return (
         {k: v for k, v in content.items() if k not in renewed} if isinstance(content, dict) else {}
     )

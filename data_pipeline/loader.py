@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from data_pipeline.batches import Batch
 from data_pipeline.collate import Assembler, PretrainAssembler, RegionAssembler, VqaAssembler
 from data_pipeline.faults import FaultError, FaultLedger
-from data_pipeline.index import Manifest, ShardError, load_manifest
+from data_pipeline.index import ShardError
+from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.plan import PLAN_VERSION, Plan
 from data_pipeline.stream import Delivery, PlannedSource, ShardReader, build_pipeline
 from data_pipeline.text import Masking, TextEncoder

@@ -22,7 +22,8 @@ from data_pipeline.batches import Batch
 from data_pipeline.collate import Assembler
 from data_pipeline.decode import decode_image
 from data_pipeline.faults import MAX_CONSECUTIVE, Fault, SkipSample
-from data_pipeline.index import Manifest, ShardError, ShardIndex, load_index
+from data_pipeline.index import ShardError, ShardIndex, load_index
+from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Plan, rank_slots
 from data_pipeline.records import RecordError, image_members, parse_record
 
@@ -65,11 +66,11 @@ class ShardReader:
         raw = os.pread(descriptor, length, start)
         if len(raw) != length:
             raise ShardError(
-                f"{index.path}: the shard became shorter while it was read; restore it, or run: "
-                f"espalier data index {index.path.parent}"
+                f"{index.name}: the shard became shorter while it was read; restore it, or run: "
+                f"espalier data index {self.manifest.location}"
             )
-        sample: Sample = {"__key__": index.key(number), "__url__": str(index.path)}
-        for extension, offset, size in members:
+        sample: Sample = {"__key__": index.key(number), "__url__": index.name}
+        for extension, offset, size, _ in members:
             sample[extension] = raw[offset - start : offset - start + size]
         return sample
 

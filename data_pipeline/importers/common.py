@@ -40,7 +40,8 @@ from data_pipeline.importers.pictures import (
     prepare_picture,
     safe_path,
 )
-from data_pipeline.index import index_path, write_manifest
+from data_pipeline.index import index_path
+from data_pipeline.manifest import write_manifest
 from data_pipeline.parallel import my_part, run_units, shares, together
 from data_pipeline.records import TASKS, RecordError, parse_record
 from data_pipeline.shards import check_key, dump_json, write_shard
