@@ -18,9 +18,9 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every source has."""
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+def add_common_options(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
+    """The options that every source has. `out`: whether --out is required."""
+    parser.add_argument("--out", type=Path, required=out, metavar="DIR")
     parser.add_argument("--split", default="train", help="folder of the shards (default: train)")
     parser.add_argument(
         "--max-side", type=int, default=0, metavar="PX", help="scale larger images down"
@@ -102,8 +102,102 @@ def _run_coco(args: argparse.Namespace) -> dict[str, Counts]:
     )
 
 
+def _genome_parser(sources: Any) -> None:
+    genome = sources.add_parser(
+        "visual-genome",
+        help="Visual Genome: regions, objects with attributes, questions",
+        description="Regions and objects become OUT/pretrain/SPLIT, questions OUT/vqa/SPLIT.",
+        epilog="example: espalier data build visual-genome --image-data image_data.json "
+        "--regions region_descriptions.json --objects objects.json --attributes attributes.json "
+        "--images images.zip --images images2.zip --out data/vg",
+    )
+    files = {
+        "--image-data": "image_data.json",
+        "--regions": "region_descriptions.json: a region for each phrase",
+        "--objects": "objects.json: a region for each object",
+        "--attributes": "attributes.json: of those objects",
+        "--questions": "question_answers.json: further VQA training questions",
+    }
+    for name, text in files.items():
+        required = name == "--image-data"
+        genome.add_argument(name, type=Path, metavar="FILE", help=text, required=required)
+    genome.add_argument(
+        "--images",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="DIR|ZIP",
+        help="VG_100K and VG_100K_2, or images.zip and images2.zip (repeat the option)",
+    )
+    genome.add_argument(
+        "--captions",
+        choices=("none", "regions"),
+        default="none",
+        help="regions: the phrases are captions of the whole image, and no boxes are kept "
+        "(for the general stream; give it an --out of its own)",
+    )
+    add_common_options(genome)
+    genome.set_defaults(build=_run_genome)
+
+
+def _run_genome(args: argparse.Namespace) -> dict[str, Counts]:
+    from data_pipeline.importers.visual_genome import GenomeFiles, build_visual_genome
+
+    files = GenomeFiles(
+        args.image_data, args.regions, args.objects, args.attributes, args.questions
+    )
+    options = common_options(args)
+    return build_visual_genome(files, args.images, args.out, captions=args.captions, **options)
+
+
+def _downloaded_parser(sources: Any) -> None:
+    texts = {
+        "sbu": "SBU captions, as downloaded by img2dataset",
+        "cc3m": "Conceptual Captions 3M, as downloaded by img2dataset",
+        "img2dataset": "any folder of img2dataset's tars",
+    }
+    for name, text in texts.items():
+        source = sources.add_parser(
+            name,
+            help=text,
+            epilog=f"example: espalier data build {name} --input {name} --out data/{name}",
+        )
+        source.add_argument(
+            "--input", type=Path, required=True, metavar="DIR", help="folder of 00000.tar, ..."
+        )
+        source.add_argument(
+            "--in-place",
+            action="store_true",
+            help="only index the tars: no copy, nothing is checked, scaled or left out",
+        )
+        if name == "img2dataset":
+            source.add_argument(
+                "--name", default=name, help="what its keys and image ids begin with"
+            )
+        source.add_argument(
+            "--task", choices=("pretrain", "retrieval", "captioning"), default="pretrain"
+        )
+        add_common_options(source, out=False)
+        source.set_defaults(build=_run_downloaded)
+
+
+def _run_downloaded(args: argparse.Namespace) -> dict[str, Counts]:
+    from data_pipeline.importers.img2dataset import build_img2dataset, index_in_place
+
+    options = common_options(args) | {"source": args.source, "task": args.task}
+    if not args.in_place:
+        if args.out is None:
+            raise ValueError("give --out DIR for the shards, or --in-place to index the tars only")
+        name = getattr(args, "name", args.source)
+        return build_img2dataset(args.input, args.out, prefix=name, **options)
+    if args.out is not None or args.max_side or args.skip_bad:
+        raise ValueError("--in-place writes no shards: leave --out, --max-side and --skip-bad away")
+    kept = {name: options[name] for name in ("source", "task", "split", "processes")}
+    return index_in_place(args.input, **kept)
+
+
 # Each adds its parser, whose default `build` is a function: arguments -> {task: Counts}.
-_PARSERS = (_coco_parser,)
+_PARSERS = (_coco_parser, _genome_parser, _downloaded_parser)
 
 
 def add_build_parsers(verbs: Any) -> None:
@@ -127,5 +221,6 @@ def run_build(args: argparse.Namespace) -> int:
     found: Mapping[str, Counts] = args.build(args)
     if shares()[0] == 0:
         for task, counts in found.items():
-            print(f"{args.out / task / args.split}: {counts.line()}")
+            where = args.input if args.out is None else args.out / task / args.split
+            print(f"{where}: {counts.line()}")
     return 0
