@@ -196,8 +196,150 @@ def _run_downloaded(args: argparse.Namespace) -> dict[str, Counts]:
     return index_in_place(args.input, **kept)
 
 
+def _add_images(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument(
+        "--images", type=Path, nargs="+", required=True, metavar="DIR|ZIP", help=help_text
+    )
+
+
+def _vqa_parser(sources: Any) -> None:
+    vqa = sources.add_parser(
+        "vqa",
+        help="VQA v2 questions and annotations",
+        epilog="example: espalier data build vqa --out data/vqa2 --images train2014 val2014 "
+        "--questions v2_OpenEnded_mscoco_train2014_questions.json "
+        "v2_OpenEnded_mscoco_val2014_questions.json "
+        "--annotations v2_mscoco_train2014_annotations.json v2_mscoco_val2014_annotations.json",
+    )
+    vqa.add_argument(
+        "--questions", type=Path, nargs="+", required=True, metavar="FILE", help="one split"
+    )
+    vqa.add_argument(
+        "--annotations",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="of all these questions; none for hidden answers (test-dev, test-std)",
+    )
+    _add_images(vqa, "COCO train2014, val2014, test2015: folders or zips")
+    listed = vqa.add_mutually_exclusive_group()
+    listed.add_argument(
+        "--answers", type=Path, metavar="FILE", help="candidates, such as X-VLM's answer_list.json"
+    )
+    listed.add_argument(
+        "--min-count",
+        type=int,
+        metavar="N",
+        help="candidates: most frequent answer of N questions (default for --split train: 9)",
+    )
+    add_common_options(vqa)
+    vqa.set_defaults(build=_run_vqa)
+
+
+def _run_vqa(args: argparse.Namespace) -> dict[str, Counts]:
+    from data_pipeline.importers.vqa import build_vqa
+
+    counts = build_vqa(
+        args.questions,
+        args.annotations,
+        args.images,
+        args.out,
+        answers=args.answers,
+        min_count=args.min_count,
+        **common_options(args),
+    )
+    return {"vqa": counts}
+
+
+def _nlvr2_parser(sources: Any) -> None:
+    nlvr2 = sources.add_parser(
+        "nlvr2",
+        help="NLVR2 statements about pairs of pictures",
+        epilog="example: espalier data build nlvr2 --statements dev.json --images images "
+        "--split val --out data/nlvr2",
+    )
+    nlvr2.add_argument(
+        "--statements",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="train.json, dev.json or test1.json",
+    )
+    _add_images(nlvr2, "the folder with train/, dev/ and test1/, or zips")
+    add_common_options(nlvr2)
+    nlvr2.set_defaults(build=_run_nlvr2)
+
+
+def _run_nlvr2(args: argparse.Namespace) -> dict[str, Counts]:
+    from data_pipeline.importers.nlvr2 import build_nlvr2
+
+    counts = build_nlvr2(args.statements, args.images, args.out, **common_options(args))
+    return {"nlvr2": counts}
+
+
+def _flickr30k_parser(sources: Any) -> None:
+    flickr = sources.add_parser(
+        "flickr30k",
+        help="Flickr30k with Karpathy's splits",
+        epilog="example: espalier data build flickr30k --karpathy dataset_flickr30k.json "
+        "--images flickr30k-images --split test --out data/flickr30k",
+    )
+    flickr.add_argument(
+        "--karpathy", type=Path, required=True, metavar="FILE", help="dataset_flickr30k.json"
+    )
+    _add_images(flickr, "folders or zips of the pictures")
+    flickr.add_argument(
+        "--tasks", type=names, default=("retrieval",), help="of retrieval,captioning,pretrain"
+    )
+    add_common_options(flickr)
+    flickr.set_defaults(build=_run_flickr30k)
+
+
+def _run_flickr30k(args: argparse.Namespace) -> dict[str, Counts]:
+    from data_pipeline.importers.flickr30k import build_flickr30k
+
+    return build_flickr30k(
+        args.karpathy, args.images, args.out, tasks=args.tasks, **common_options(args)
+    )
+
+
+def _refcoco_parser(sources: Any) -> None:
+    refcoco = sources.add_parser(
+        "refcoco",
+        help="RefCOCO, RefCOCO+, RefCOCOg: expressions and boxes",
+        epilog="example: espalier data build refcoco --refs 'refcoco+/refs(unc).p' --instances "
+        "refcoco+/instances.json --images train2014 --split testA --out data/refcoco+",
+    )
+    refcoco.add_argument(
+        "--refs", type=Path, required=True, metavar="FILE", help="refs(unc).p or refs(umd).p"
+    )
+    refcoco.add_argument(
+        "--instances", type=Path, required=True, metavar="FILE", help="instances.json beside it"
+    )
+    _add_images(refcoco, "COCO train2014: folder or zip")
+    add_common_options(refcoco)
+    refcoco.set_defaults(build=_run_refcoco)
+
+
+def _run_refcoco(args: argparse.Namespace) -> dict[str, Counts]:
+    from data_pipeline.importers.refcoco import build_refcoco
+
+    counts = build_refcoco(args.refs, args.instances, args.images, args.out, **common_options(args))
+    return {"grounding": counts}
+
+
 # Each adds its parser, whose default `build` is a function: arguments -> {task: Counts}.
-_PARSERS = (_coco_parser, _genome_parser, _downloaded_parser)
+_PARSERS = (
+    _coco_parser,
+    _genome_parser,
+    _downloaded_parser,
+    _vqa_parser,
+    _nlvr2_parser,
+    _flickr30k_parser,
+    _refcoco_parser,
+)
 
 
 def add_build_parsers(verbs: Any) -> None:
