@@ -44,12 +44,14 @@ class Item:
 
 
 def _images(items: Sequence[Item]) -> torch.Tensor:
-    """(N, 3, H, W) uint8 from (H, W, 3) arrays."""
-    height, width, _ = items[0].image.shape
-    buffer = np.empty((len(items), 3, height, width), np.uint8)
-    for target, item in zip(buffer, items, strict=True):
-        target[...] = item.image.transpose(2, 0, 1)
-    return torch.from_numpy(buffer)
+    """(N, 3, H, W) uint8 in channels_last memory, from (H, W, 3) arrays.
+
+    One allocation, and a plain copy of each picture: a decoder's and a resize's pixels lie this way
+    already. (Resizing straight into the buffer would save that copy, 2 % of the work.)
+    """
+    buffer = np.empty((len(items), *items[0].image.shape), np.uint8)
+    np.stack([item.image for item in items], out=buffer)
+    return torch.from_numpy(buffer).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ class Assembler(ABC):
         """Augments the image and picks texts.
 
         Args:
-            sample: has __key__, __position__, __attempt__, __valid__, `record`, `image` ((H, W, 3)
-                uint8).
+            sample: has __key__, __position__, __attempt__, __valid__, `record`, `image` (a Picture,
+                or (H, W, 3) uint8).
 
         Raises:
             SkipSample: the sample has nothing usable for the task.

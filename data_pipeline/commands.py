@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.importers.commands import add_build_parsers, run_build
+
 __all__ = ["add_parsers", "run"]
 
 _ALL_TASKS = "pretrain,vqa,nlvr2,retrieval,captioning,grounding"
@@ -51,27 +53,6 @@ def _blocksworld_parser(verbs: Any) -> None:
     )
 
 
-def _build_parser(verbs: Any) -> None:
-    verb = verbs.add_parser(
-        "build",
-        help="import a published data set",
-        epilog="example: espalier data build coco-captions --captions captions_train2017.json "
-        "--images train2017 --out data/coco",
-    )
-    sources = verb.add_subparsers(dest="source", required=True, metavar="SOURCE")
-    coco = sources.add_parser("coco-captions", help="official COCO captions JSON and its images")
-    coco.add_argument("--captions", type=Path, required=True, metavar="FILE")
-    coco.add_argument("--images", type=Path, required=True, metavar="DIR")
-    coco.add_argument("--out", type=Path, required=True, metavar="DIR")
-    coco.add_argument("--tasks", type=_names, default=("pretrain",), help="default: pretrain")
-    coco.add_argument("--split", default="train")
-    coco.add_argument(
-        "--max-side", type=int, default=0, metavar="PX", help="scale larger images down"
-    )
-    coco.add_argument("--per-shard", type=int, default=1000, metavar="N")
-    coco.add_argument("--skip-bad", action="store_true", help="leave out missing or broken images")
-
-
 def add_parsers(subparsers: Any) -> None:
     """Add `data` and its verbs to the top parser's subparsers (or the verbs to a `data` parser)."""
     if isinstance(subparsers, argparse.ArgumentParser):
@@ -84,7 +65,7 @@ def add_parsers(subparsers: Any) -> None:
         )
     verbs = parser.add_subparsers(dest="data_verb", required=True, metavar="VERB")
     _blocksworld_parser(verbs)
-    _build_parser(verbs)
+    add_build_parsers(verbs)
     index = verbs.add_parser(
         "index",
         help="(re)build the indexes and manifests of existing shards",
@@ -137,25 +118,9 @@ def _run_blocksworld(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_build(args: argparse.Namespace) -> int:
-    from data_pipeline.importers.coco import build_coco_captions
-
-    counts = build_coco_captions(
-        args.captions,
-        args.images,
-        args.out,
-        tasks=args.tasks,
-        split=args.split,
-        max_side=args.max_side,
-        per_shard=args.per_shard,
-        skip_bad=args.skip_bad,
-    )
-    print(f"{args.out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
-    return 0
-
-
 def _run_index(args: argparse.Namespace) -> int:
-    from data_pipeline.index import MANIFEST_NAME, build_index, write_manifest
+    from data_pipeline.index import build_index
+    from data_pipeline.manifest import MANIFEST_NAME, write_manifest
     from data_pipeline.records import TASKS
     from data_pipeline.verify import data_folders
 
@@ -179,7 +144,7 @@ def _old_manifest(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    renewed = ("version", "samples", "shards", "hash")
+    renewed = ("version", "samples", "members", "shards", "filter", "keys_hash", "hash")
     return (
         {k: v for k, v in content.items() if k not in renewed} if isinstance(content, dict) else {}
     )
@@ -218,7 +183,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
 
 _RUN = {
     "blocksworld": _run_blocksworld,
-    "build": _run_build,
+    "build": run_build,
     "index": _run_index,
     "verify": _run_verify,
     "inspect": _run_inspect,

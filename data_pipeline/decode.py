@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipeline.faults import SkipSample
 
-__all__ = ["MAX_PIXELS", "decode_image", "image_size"]
+__all__ = ["MAX_PIXELS", "Picture", "decode_image", "image_size"]
 
 MAX_PIXELS = 64_000_000
 _JPEG = b"\xff\xd8"
@@ -78,6 +78,8 @@ def _complete(raw: bytes) -> bool:
 def _decode_jpeg(raw: bytes) -> np.ndarray:
     if (module := _simplejpeg()) is not None:
         try:
+            # The fast DCT and the fast upsampling would save a tenth of the time, and move pixels
+            # by 1.7 of 255 on average (at most 56); without them the pixels are those of PIL.
             return module.decode_jpeg(raw, colorspace="RGB", fastdct=False, fastupsample=False)
         except ValueError:
             pass  # strict; the others decide
@@ -91,6 +93,21 @@ def _decode_jpeg(raw: bytes) -> np.ndarray:
         except RuntimeError:
             pass
     return _decode_pil(raw)
+
+
+def _decode_half(raw: bytes, width: int, height: int) -> np.ndarray | None:
+    """A JPEG at half its size, rounded up; None where only the other decoders can read it."""
+    if (module := _simplejpeg()) is None:
+        return None
+    half = (height + 1) // 2, (width + 1) // 2
+    try:
+        image = module.decode_jpeg(
+            raw, colorspace="RGB", fastdct=False, fastupsample=False,
+            min_height=half[0], min_width=half[1], min_factor=2,
+        )  # fmt: skip
+    except ValueError:
+        return None
+    return image if image.shape[:2] == half else None
 
 
 def _decode_pil(raw: bytes) -> np.ndarray:
@@ -110,19 +127,62 @@ def _decode_pil(raw: bytes) -> np.ndarray:
         raise SkipSample("decode", f"the image cannot be decoded: {error}") from None
 
 
+class Picture:
+    """An encoded picture whose header was checked; its pixels are decoded when they are asked for.
+
+    By then the crop is known, and a large JPEG of which little is needed can be decoded at half
+    size: the inverse DCT itself scales by 1/2, and both it and the resize have less to do.
+
+    Args:
+        raw: JPEG or PNG.   max_pixels: larger pictures are refused before anything is decoded.
+
+    Attributes:
+        shape: (height, width, 3) of the full picture.
+
+    Raises:
+        SkipSample: not an image, cut, or larger than `max_pixels`.
+    """
+
+    __slots__ = ("_raw", "shape")
+
+    def __init__(self, raw: bytes, max_pixels: int = MAX_PIXELS) -> None:
+        width, height = image_size(raw)
+        if width * height > max_pixels:
+            raise SkipSample("pixels", f"the image has {width}x{height} pixels, limit {max_pixels}")
+        if width == 0 or height == 0:
+            raise SkipSample("decode", "the image has no pixels")
+        if raw[:2] == _JPEG and not _complete(raw):
+            raise SkipSample("decode", "the JPEG is cut (no end mark)")
+        self._raw = raw
+        self.shape = (height, width, 3)
+
+    def pixels(self) -> np.ndarray:
+        """(H, W, 3) uint8 RGB.
+
+        Raises:
+            SkipSample: undecodable.
+        """
+        return _decode_jpeg(self._raw) if self._raw[:2] == _JPEG else _decode_pil(self._raw)
+
+    def crop(self, x: int, y: int, width: int, height: int, least: int = 0) -> np.ndarray:
+        """The pixels of a box; half as many a side when it is at least 2 * `least` on both sides.
+
+        A box with odd edges grows to the next even pixel. `least` 0 always gives all pixels.
+
+        Raises:
+            SkipSample: undecodable.
+        """
+        if least and min(width, height) >= 2 * least and self._raw[:2] == _JPEG:
+            half = _decode_half(self._raw, self.shape[1], self.shape[0])
+            if half is not None:
+                return half[y // 2 : (y + height + 1) // 2, x // 2 : (x + width + 1) // 2]
+        return self.pixels()[y : y + height, x : x + width]
+
+
 def decode_image(raw: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """(H, W, 3) uint8 RGB.
 
     Raises:
         SkipSample: not an image, cut, undecodable, or larger than `max_pixels`.
     """
-    width, height = image_size(raw)
-    if width * height > max_pixels:
-        raise SkipSample("pixels", f"the image has {width}x{height} pixels, limit {max_pixels}")
-    if width == 0 or height == 0:
-        raise SkipSample("decode", "the image has no pixels")
-    if raw[:2] != _JPEG:
-        return _decode_pil(raw)
-    if not _complete(raw):
-        raise SkipSample("decode", "the JPEG is cut (no end mark)")
-    return _decode_jpeg(raw)
+    return Picture(raw, max_pixels).pixels()

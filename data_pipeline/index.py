@@ -1,14 +1,12 @@
-"""Index of a tar shard (X.tar.idx) and manifest of a data folder (manifest.json). Needs numpy and
-xxhash only.
+"""Index of a tar shard: X.tar.idx. Needs numpy and xxhash only.
 
-The index is made by walking tar headers once (ustar, PAX path and size, GNU long names, base-256
-sizes, every checksum verified). Nothing may end early without an error: a shard cut at any byte,
-and a header overwritten with zeros in the middle, are both detected. Layout of X.tar.idx: 8 magic
-bytes, u64 length of a JSON header, the header, then the arrays named in it, each aligned to 64
-bytes, read by memory map.
+The index is made in one pass over the shard: tar headers (ustar, PAX path and size, GNU long
+names, base-256 sizes, every checksum verified), a checksum of each member, and a hash of the whole
+file. Nothing may end early without an error: a shard cut at any byte, and a header overwritten with
+zeros in the middle, are both detected.
 
-The manifest lists the shards of one task and split with sizes and content hashes. Its total hash
-identifies the data: the order of training is a function of it.
+Layout of X.tar.idx: 8 magic bytes, u64 length of a JSON header, u64 XXH3-64 of everything that
+follows, the header, then the arrays named in it, each aligned to 64 bytes, read by memory map.
 """
 
 from __future__ import annotations
@@ -18,40 +16,78 @@ import mmap
 import os
 import re
 import tempfile
+import time
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
-from data_pipeline.tar_headers import REMEDY, ShardError, walk
+from data_pipeline.tar_headers import REMEDY, Member, ShardError, walk
 
 __all__ = [
+    "COMPRESSED",
     "INDEX_VERSION",
-    "MANIFEST_NAME",
-    "Manifest",
-    "Shard",
+    "MAX_MEMBER_BYTES",
+    "IndexedMember",
     "ShardError",
     "ShardIndex",
     "build_index",
+    "checksum",
+    "current_index",
+    "decompress_command",
     "index_path",
     "load_index",
-    "load_manifest",
-    "write_manifest",
+    "open_index",
+    "write_atomically",
 ]
 
-MANIFEST_NAME = "manifest.json"
-INDEX_VERSION = 1
-MANIFEST_VERSION = 1
+INDEX_VERSION = 2
+# Larger members are no pictures or texts: a mistake, or an attack on the memory of the workers.
+MAX_MEMBER_BYTES = 256 << 20
 _MAGIC = b"ESPTARIX"
+_HEAD = 24
 _ALIGN = 64
+_BLOCK = 512
 # The same split as webdataset's: the extension starts at the first dot of the base name.
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_HASH_STEP = 1 << 18
+# Clocks of file systems tick every few milliseconds: a file as young as this may change once more
+# without a new time.
+_SETTLED_NS = 20_000_000
+
+# Compressed shards: suffix -> (magic bytes, command that decompresses in place).
+COMPRESSED = {
+    ".tar.gz": (b"\x1f\x8b", "gunzip"),
+    ".tgz": (b"\x1f\x8b", "gunzip"),
+    ".tar.zst": (b"\x28\xb5\x2f\xfd", "zstd -d --rm"),
+    ".tar.bz2": (b"BZh", "bunzip2"),
+    ".tar.xz": (b"\xfd7zXZ\0", "unxz"),
+}
+_DTYPES = {
+    "block": ("<u4",),
+    "size": ("<u4",),
+    "checksum": ("<u4",),
+    "extension": ("|u1",),
+    "first": ("<u4",),
+    "key_start": ("<u4", "<u8"),
+    "key_bytes": ("|u1",),
+}
 
 
-# -- the index of one shard -----------------------------------------------------------------------
+class IndexedMember(NamedTuple):
+    """One file of a sample: extension, first byte in the shard, bytes, and their checksum."""
+
+    extension: str
+    offset: int
+    size: int
+    checksum: int
+
+
+def checksum(data: bytes | memoryview) -> int:
+    """The checksum that an index holds of a member: the low 32 bits of XXH3-64 of its bytes."""
+    return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -59,17 +95,21 @@ class ShardIndex:
     """Where every sample of a shard lies. Arrays are memory maps; S samples, M members.
 
     Attributes:
-        path: the tar.   tar_bytes: its size when indexed.   extensions: names by extension id.
-        offset: (M,) u64 first data byte.   size: (M,) u32 bytes.   extension: (M,) u8 extension id.
+        name: path or URL of the tar.   tar_bytes: its size when indexed.
+        xxh3: XXH3-64 of the whole tar, hexadecimal.   extensions: names by extension id.
+        block: (M,) u32 first data byte / 512.   size: (M,) u32 bytes.
+        checksum: (M,) u32, see `checksum`.      extension: (M,) u8 extension id.
         first: (S + 1,) u32, first member of each sample, and M.
-        key_start: (S + 1,) u64 into `key_bytes`, the concatenated UTF-8 keys.
+        key_start: (S + 1,) u32 or u64 into `key_bytes`, the concatenated UTF-8 keys.
     """
 
-    path: Path
+    name: str
     tar_bytes: int
+    xxh3: str
     extensions: tuple[str, ...]
-    offset: np.ndarray
+    block: np.ndarray
     size: np.ndarray
+    checksum: np.ndarray
     extension: np.ndarray
     first: np.ndarray
     key_start: np.ndarray
@@ -84,19 +124,28 @@ class ShardIndex:
         raw = self.key_bytes[int(self.key_start[sample]) : int(self.key_start[sample + 1])]
         return raw.tobytes().decode("utf-8", "surrogateescape")
 
-    def members(self, sample: int) -> list[tuple[str, int, int]]:
-        """(extension, offset, size) of each member of a sample, in file order."""
+    def members(self, sample: int) -> list[IndexedMember]:
+        """The members of a sample, in file order."""
         rows = slice(int(self.first[sample]), int(self.first[sample + 1]))
         names = self.extensions
         return [
-            (names[kind], offset, size)
-            for kind, offset, size in zip(
+            IndexedMember(names[kind], block * _BLOCK, size, check)
+            for kind, block, size, check in zip(
                 self.extension[rows].tolist(),
-                self.offset[rows].tolist(),
+                self.block[rows].tolist(),
                 self.size[rows].tolist(),
+                self.checksum[rows].tolist(),
                 strict=True,
             )
         ]
+
+    def member_counts(self) -> dict[str, int]:
+        """Extension -> number of members in the shard."""
+        counts = np.bincount(self.extension, minlength=len(self.extensions)).tolist()
+        return dict(zip(self.extensions, counts, strict=True))
+
+
+# -- making it ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -104,8 +153,9 @@ class _Columns:
     """Growing columns of an index while a shard is walked."""
 
     extensions: dict[str, int] = field(default_factory=dict)
-    offset: list[int] = field(default_factory=list)
+    block: list[int] = field(default_factory=list)
     size: list[int] = field(default_factory=list)
+    checksum: list[int] = field(default_factory=list)
     extension: list[int] = field(default_factory=list)
     first: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
@@ -113,23 +163,46 @@ class _Columns:
     def arrays(self) -> dict[str, np.ndarray]:
         ends = np.cumsum([0, *map(len, self.keys)])
         return {
-            "offset": np.asarray(self.offset, "<u8"),
+            "block": np.asarray(self.block, "<u4"),
             "size": np.asarray(self.size, "<u4"),
-            "extension": np.asarray(self.extension, "u1"),
-            "first": np.asarray([*self.first, len(self.offset)], "<u4"),
-            "key_start": ends.astype("<u8"),
-            "key_bytes": np.frombuffer(b"".join(self.keys), "u1"),
+            "checksum": np.asarray(self.checksum, "<u4"),
+            "extension": np.asarray(self.extension, "|u1"),
+            "first": np.asarray([*self.first, len(self.block)], "<u4"),
+            "key_start": ends.astype("<u4" if ends[-1] < 1 << 32 else "<u8"),
+            "key_bytes": np.frombuffer(b"".join(self.keys), "|u1"),
         }
 
 
-def _collect(data: mmap.mmap, path: Path) -> _Columns:
+def _check_member(member: Member, path: Path) -> None:
+    name = member.name
+    if name.startswith("/") or "\0" in name or (".." in name and ".." in name.split("/")):
+        raise ShardError(
+            f"{path}: member {name!r} has an absolute path or one that leaves the shard; "
+            "write the shard again with plain names"
+        )
+    if member.size > MAX_MEMBER_BYTES:
+        raise ShardError(
+            f"{path}: member '{name}' has {member.size} bytes, the limit is {MAX_MEMBER_BYTES}; "
+            "write the shard again without it"
+        )
+
+
+def _collect(data: mmap.mmap, view: memoryview, path: Path) -> tuple[_Columns, str]:
+    """The columns of the index, and the hash of the whole file, made while it is in the cache.
+
+    Slices of `view` are never given a name: a traceback would keep them, and the map open.
+    """
     columns = _Columns()
+    whole = xxhash.xxh3_64()
+    hashed = 0
     seen: set[str] = set()
     in_sample: set[str] = set()
     previous: str | None = None
     for member in walk(data, path):
-        match = _NAME.match(member.name)
-        base = member.name.rsplit("/", 1)[-1]
+        _check_member(member, path)
+        name, offset, size = member
+        match = _NAME.match(name)
+        base = name.rsplit("/", 1)[-1]
         if match is None or (base.startswith("__") and base.endswith("__")):
             continue  # webdataset ignores such members as well
         key, extension = match[1], match[2].lower()
@@ -141,7 +214,7 @@ def _collect(data: mmap.mmap, path: Path) -> _Columns:
             seen.add(key)
             in_sample.clear()
             previous = key
-            columns.first.append(len(columns.offset))
+            columns.first.append(len(columns.block))
             columns.keys.append(key.encode("utf-8", "surrogateescape"))
         if extension in in_sample:
             raise ShardError(f"{path}: sample '{key}' has two members '.{extension}'. {REMEDY}")
@@ -149,12 +222,31 @@ def _collect(data: mmap.mmap, path: Path) -> _Columns:
         number = columns.extensions.setdefault(extension, len(columns.extensions))
         if number > 255:
             raise ShardError(f"{path}: more than 256 different extensions; are keys free of dots?")
-        if member.size >= 1 << 32:
-            raise ShardError(f"{path}: member '{member.name}' is 4 GiB or larger")
-        columns.offset.append(member.offset)
-        columns.size.append(member.size)
+        columns.block.append(offset // _BLOCK)
+        columns.size.append(size)
+        columns.checksum.append(checksum(view[offset : offset + size]))
         columns.extension.append(number)
-    return columns
+        if offset + size - hashed >= _HASH_STEP:
+            whole.update(view[hashed : offset + size])
+            hashed = offset + size
+    whole.update(view[hashed:])
+    return columns, whole.hexdigest()
+
+
+def _refuse_compressed(data: mmap.mmap, path: Path) -> None:
+    for suffix, (magic, _) in COMPRESSED.items():
+        if data[: len(magic)] == magic:
+            named = path.with_name(path.name + suffix.removeprefix(".tar"))
+            raise ShardError(
+                f"{path}: a compressed shard cannot be read by position; run: "
+                f"mv '{path}' '{named}' && {decompress_command(named)}"
+            )
+
+
+def decompress_command(path: Path) -> str:
+    """The shell command that turns the compressed shard `path` into an indexed .tar."""
+    command = next(tool for end, (_, tool) in COMPRESSED.items() if path.name.endswith(end))
+    return f"{command} '{path}' && espalier data index '{path.parent}'"
 
 
 def index_path(tar_path: Path) -> Path:
@@ -162,8 +254,12 @@ def index_path(tar_path: Path) -> Path:
     return tar_path.with_name(tar_path.name + ".idx")
 
 
-def _write_atomically(path: Path, chunks: list[bytes]) -> None:
-    """Writes beside `path`, syncs, then renames: a reader sees the old file or the new one."""
+def write_atomically(path: Path, chunks: list[bytes], mtime_ns: int | None = None) -> None:
+    """Writes beside `path`, syncs, then renames: a reader sees the old file or the new one.
+
+    Args:
+        mtime_ns: time of change the file shall have.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
@@ -173,233 +269,143 @@ def _write_atomically(path: Path, chunks: list[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)
+        if mtime_ns is not None:
+            os.utime(temporary, ns=(mtime_ns, mtime_ns))
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def _index_chunks(columns: _Columns, tar_bytes: int) -> list[bytes]:
+def _serialized(columns: _Columns, facts: dict[str, Any]) -> list[bytes]:
     arrays = columns.arrays()
     described = {name: [array.dtype.str, len(array)] for name, array in arrays.items()}
-    header = json.dumps(
-        {
-            "version": INDEX_VERSION,
-            "tar_bytes": tar_bytes,
-            "extensions": list(columns.extensions),
-            "arrays": described,
-        }
-    ).encode()
-    chunks = [_MAGIC, len(header).to_bytes(8, "little"), header]
-    position = sum(map(len, chunks))
+    header = json.dumps(facts | {"arrays": described}).encode()
+    chunks = [header]
+    position = _HEAD + len(header)
     for array in arrays.values():
         padding = -position % _ALIGN
         chunks += [bytes(padding), array.tobytes()]
         position += padding + array.nbytes
-    return chunks
+    digest = xxhash.xxh3_64()
+    for chunk in chunks:
+        digest.update(chunk)
+    numbers = (len(header), digest.intdigest())
+    return [_MAGIC, *(number.to_bytes(8, "little") for number in numbers), *chunks]
 
 
 def build_index(tar_path: Path) -> ShardIndex:
-    """Walks the headers of a shard, writes X.tar.idx atomically, and returns it loaded.
+    """Reads a shard once, writes X.tar.idx atomically, and returns it loaded.
 
     Raises:
         FileNotFoundError: no such shard.
-        ShardError: the shard is cut, has a zeroed or damaged header, or its samples overlap.
+        ShardError: the shard is compressed or cut, has a zeroed or damaged header, a member that is
+            too large or leaves the folder, or its samples overlap.
     """
     if not tar_path.is_file():
         raise FileNotFoundError(f"{tar_path}: no such shard")
-    tar_bytes = tar_path.stat().st_size
-    if tar_bytes == 0:
-        raise ShardError(f"{tar_path}: the shard is empty (0 bytes). {REMEDY}")
-    with (
-        tar_path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-    ):
-        if data[:2] == b"\x1f\x8b":
-            raise ShardError(
-                f"{tar_path}: compressed shards cannot be read by position; decompress it"
-            )
-        columns = _collect(data, tar_path)
-    _write_atomically(index_path(tar_path), _index_chunks(columns, tar_bytes))
+    with tar_path.open("rb") as file:
+        found = os.fstat(file.fileno())
+        if found.st_size == 0:
+            raise ShardError(f"{tar_path}: the shard is empty (0 bytes). {REMEDY}")
+        with mmap.mmap(file.fileno(), found.st_size, access=mmap.ACCESS_READ) as data:
+            data.madvise(mmap.MADV_SEQUENTIAL)
+            _refuse_compressed(data, tar_path)
+            with memoryview(data) as view:
+                columns, xxh3 = _collect(data, view, tar_path)
+        after = os.fstat(file.fileno())
+    if (after.st_size, after.st_mtime_ns) != (found.st_size, found.st_mtime_ns):
+        raise ShardError(f"{tar_path}: the shard changed while it was indexed; wait for its writer")
+    facts = {
+        "version": INDEX_VERSION,
+        "tar_bytes": found.st_size,
+        "xxh3": xxh3,
+        "extensions": list(columns.extensions),
+    }
+    # The time of change of the shard is kept as that of the index: its bytes then depend on those
+    # of the shard alone. One nanosecond less says that nothing can be told by it.
+    settled = time.time_ns() - found.st_mtime_ns > _SETTLED_NS
+    mtime = found.st_mtime_ns if settled else found.st_mtime_ns - 1
+    write_atomically(index_path(tar_path), _serialized(columns, facts), mtime)
     return load_index(tar_path)
 
 
-def load_index(tar_path: Path) -> ShardIndex:
-    """The index of a shard as memory maps.
+# -- reading it -----------------------------------------------------------------------------------
+
+
+def open_index(idx_path: Path, name: str, tar_bytes: int) -> ShardIndex:
+    """The index in `idx_path` of the shard `name` (a path or URL), as memory maps.
+
+    Its own hash is verified, so the file is read once here; later only the pages in use stay.
 
     Raises:
-        ShardError: no index, an unreadable one, or one made for another version of the shard.
+        ShardError: no index, a damaged one, or one made for a shard of another size than
+            `tar_bytes`.
     """
-    path = index_path(tar_path)
-    remedy = f"run: espalier data index {tar_path.parent}"
-    if not path.is_file():
-        raise ShardError(f"{path}: the shard has no index; {remedy}")
-    raw = np.memmap(path, dtype="u1", mode="r") if path.stat().st_size else np.zeros(0, "u1")
-    if raw[:8].tobytes() != _MAGIC:
-        raise ShardError(f"{path}: not an index; {remedy}")
-    length = int.from_bytes(raw[8:16].tobytes(), "little")
+    remedy = f"run: espalier data index {name.rpartition('/')[0] or '.'}"
+    if not idx_path.is_file():
+        raise ShardError(f"{idx_path}: the shard has no index; {remedy}")
+    with idx_path.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise ShardError(f"{idx_path}: not an index; {remedy}")
+        raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    length = int.from_bytes(raw[8:16], "little")
     try:
-        header = json.loads(raw[16 : 16 + length].tobytes())
-        arrays: dict[str, np.ndarray] = {}
-        position = 16 + length
-        for name, (kind, count) in header["arrays"].items():
-            position += -position % _ALIGN
-            end = position + count * np.dtype(kind).itemsize
-            arrays[name] = raw[position:end].view(kind)
-            if len(arrays[name]) != count:
-                raise ValueError("the file is cut")
-            position = end
-        version, tar_bytes = header["version"], header["tar_bytes"]
-        extensions = tuple(header["extensions"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path}: the index is damaged ({error}); {remedy}") from None
+        header = json.loads(raw[_HEAD : _HEAD + length])
+        version = header["version"]
+    except (ValueError, KeyError, TypeError):
+        # Version 1 had no hash: its header began 8 bytes earlier.
+        old = raw[16:32].startswith(b'{"version": 1')
+        what = "index version 1" if old else "the index is damaged (its header)"
+        raise ShardError(f"{idx_path}: {what}; {remedy}") from None
     if version != INDEX_VERSION:
-        raise ShardError(f"{path}: index version {version}, expected {INDEX_VERSION}; {remedy}")
-    actual = tar_path.stat().st_size
-    if actual != tar_bytes:
-        raise ShardError(f"{tar_path}: {actual} bytes, but indexed at {tar_bytes}; {remedy}")
-    return ShardIndex(tar_path, tar_bytes, extensions, **arrays)
+        raise ShardError(f"{idx_path}: index version {version}, not {INDEX_VERSION}; {remedy}")
+    with memoryview(raw) as view:
+        intact = xxhash.xxh3_64_intdigest(view[_HEAD:]) == int.from_bytes(raw[16:_HEAD], "little")
+    if not intact:
+        raise ShardError(f"{idx_path}: the index is damaged (its hash is wrong); {remedy}")
+    if header["tar_bytes"] != tar_bytes:
+        indexed = header["tar_bytes"]
+        raise ShardError(f"{name}: {tar_bytes} bytes, but indexed at {indexed}; {remedy}")
+    try:
+        arrays = _arrays(raw, _HEAD + length, header["arrays"])
+        xxh3, extensions = header["xxh3"], tuple(header["extensions"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{idx_path}: the index is damaged ({error!r}); {remedy}") from None
+    return ShardIndex(name, tar_bytes, xxh3, extensions, **arrays)
 
 
-# -- the manifest of a folder ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One line of the manifest. `xxh3`: XXH3-64 of the file, hexadecimal."""
-
-    name: str
-    bytes: int
-    samples: int
-    xxh3: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The shards of one task and split. `hash` covers everything in manifest.json."""
-
-    folder: Path
-    task: str
-    split: str
-    samples: int
-    shards: tuple[Shard, ...]
-    hash: str
-    extra: dict[str, Any]
-
-    @cached_property
-    def shard_samples(self) -> np.ndarray:
-        """(shards,) int64 samples in each shard."""
-        return np.asarray([shard.samples for shard in self.shards], np.int64)
-
-    def path(self, shard: int) -> Path:
-        """The tar file of a shard."""
-        return self.folder / self.shards[shard].name
-
-
-def _file_hash(path: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _total_hash(content: dict[str, Any]) -> str:
-    canonical = json.dumps(
-        {name: value for name, value in content.items() if name != "hash"},
-        sort_keys=True,
-        separators=(",", ":"),
-    )
-    return xxhash.xxh3_128_hexdigest(canonical.encode())
-
-
-def write_manifest(
-    folder: Path, task: str, split: str, extra: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Writes manifest.json for the shards (*.tar) in `folder`, atomically, and returns its content.
-
-    Indexes that are missing or out of date are built on the way.
-
-    Args:
-        extra: further values to record, such as image_size; they may not replace ours.
-    """
-    paths = sorted(folder.glob("*.tar"))
-    if not paths:
-        raise FileNotFoundError(f"{folder}: no shards (*.tar) to list in a manifest")
-    shards = []
-    for path in paths:
-        try:
-            index = load_index(path)
-        except ShardError:
-            index = build_index(path)
-        shards.append(
-            {
-                "name": path.name,
-                "bytes": path.stat().st_size,
-                "samples": len(index),
-                "xxh3": _file_hash(path),
-            }
+def _arrays(raw: mmap.mmap, position: int, described: dict[str, Any]) -> dict[str, np.ndarray]:
+    arrays = {}
+    for name, (kind, count) in described.items():
+        if kind not in _DTYPES[name]:
+            raise ValueError(f"array '{name}' of type {kind}")
+        position += -position % _ALIGN
+        # numpy refuses an offset at the very end of the file.
+        arrays[name] = (
+            np.frombuffer(raw, kind, count, position) if count else np.empty(0, np.dtype(kind))
         )
-    content: dict[str, Any] = {"schema": task} | (extra or {})
-    content |= {
-        "version": MANIFEST_VERSION,
-        "task": task,
-        "split": split,
-        "samples": sum(shard["samples"] for shard in shards),
-        "shards": shards,
-    }
-    content["hash"] = _total_hash(content)
-    _write_atomically(folder / MANIFEST_NAME, [json.dumps(content, indent=1).encode() + b"\n"])
-    return content
+        position += arrays[name].nbytes
+    return arrays
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """Reads manifest.json and checks it against the files beside it (names and sizes, not content).
+def load_index(tar_path: Path) -> ShardIndex:
+    """The index beside a shard, as memory maps; the shard must still have the size it had.
 
     Raises:
-        FileNotFoundError: no folder, no manifest, or a shard that it lists is missing.
-        ShardError: the manifest is damaged or a shard has another size.
+        FileNotFoundError: no such shard.
+        ShardError: as open_index.
     """
-    path = folder / MANIFEST_NAME
-    remedy = f"if the shards are right, run: espalier data index {folder}"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such data folder; make one with: espalier data ...")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no manifest; {remedy}")
+    if not tar_path.is_file():
+        raise FileNotFoundError(f"{tar_path}: no such shard")
+    return open_index(index_path(tar_path), str(tar_path), tar_path.stat().st_size)
+
+
+def current_index(tar_path: Path) -> ShardIndex | None:
+    """The index beside a shard if size and time of change are those it was made at, else None."""
     try:
-        content = json.loads(path.read_bytes())
-        if content["version"] != MANIFEST_VERSION:
-            raise ShardError(
-                f"{path}: manifest version {content['version']}, expected "
-                f"{MANIFEST_VERSION}; {remedy}"
-            )
-        if content["hash"] != _total_hash(content):
-            raise ShardError(f"{path}: the manifest was changed by hand (key 'hash'); {remedy}")
-        shards = tuple(Shard(**shard) for shard in content["shards"])
-        known = ("version", "task", "split", "samples", "shards", "hash")
-        manifest = Manifest(
-            folder=folder,
-            task=content["task"],
-            split=content["split"],
-            samples=content["samples"],
-            shards=shards,
-            hash=content["hash"],
-            extra={name: value for name, value in content.items() if name not in known},
-        )
+        index = load_index(tar_path)
     except ShardError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path}: the manifest is damaged ({error!r}); {remedy}") from None
-    for shard in shards:
-        file = folder / shard.name
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file}: shard listed in {MANIFEST_NAME} is missing; restore it, or {remedy}"
-            )
-        actual = file.stat().st_size
-        if actual != shard.bytes:
-            raise ShardError(
-                f"{file}: {actual} bytes, {MANIFEST_NAME} says {shard.bytes}: "
-                f"restore the shard, or {remedy}"
-            )
-    return manifest
+        return None
+    made_at = index_path(tar_path).stat().st_mtime_ns
+    return index if made_at == tar_path.stat().st_mtime_ns else None

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from data_pipeline.decode import decode_image, image_size
-from data_pipeline.index import load_index, load_manifest
+from data_pipeline.index import load_index
+from data_pipeline.manifest import load_manifest
 from data_pipeline.records import image_members, parse_record
 from data_pipeline.verify import data_folders
 
@@ -32,7 +31,7 @@ def _read(path: Path, offset: int, size: int) -> bytes:
 def _members(path: Path, sample: int) -> tuple[str, dict[str, bytes]]:
     index = load_index(path)
     members = index.members(sample)
-    return index.key(sample), {name: _read(path, offset, size) for name, offset, size in members}
+    return index.key(sample), {name: _read(path, offset, size) for name, offset, size, _ in members}
 
 
 def describe(root: Path) -> list[dict[str, Any]]:
@@ -43,11 +42,6 @@ def describe(root: Path) -> list[dict[str, Any]]:
     rows = []
     for folder in data_folders(root):
         manifest = load_manifest(folder)
-        extensions: Counter[str] = Counter()
-        for number in range(len(manifest.shards)):
-            index = load_index(manifest.path(number))
-            kinds = np.bincount(index.extension, minlength=len(index.extensions))
-            extensions.update(dict(zip(index.extensions, kinds.tolist(), strict=False)))
         key, members = _members(manifest.path(0), 0)
         image = next(raw for name, raw in members.items() if not name.endswith("json"))
         rows.append(
@@ -58,7 +52,7 @@ def describe(root: Path) -> list[dict[str, Any]]:
                 "samples": manifest.samples,
                 "shards": len(manifest.shards),
                 "bytes": sum(shard.bytes for shard in manifest.shards),
-                "members": dict(sorted(extensions.items())),
+                "members": manifest.members,
                 "first_key": key,
                 "first_image": list(image_size(image)),
                 "hash": manifest.hash,

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from data_pipeline.batches import Batch
@@ -22,6 +23,7 @@ from data_pipeline.faults import FaultError, FaultLedger
 from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import choose_groups
 from data_pipeline.position import DataSet, PlanSettings, Position, check_unit
+from data_pipeline.prefetch import DevicePrefetcher
 from data_pipeline.remote import RemoteOptions
 from data_pipeline.storage import Storage, open_manifest, storage_for
 from data_pipeline.stream import Delivery, PlannedSource, ShardReader, build_pipeline
@@ -66,6 +68,8 @@ class RegionOptions(Protocol):
     def max_regions(self) -> int: ...
     @property
     def min_fraction_in_crop(self) -> float: ...
+    @property
+    def unit_images(self) -> int: ...
 
 
 class Loader:
@@ -82,7 +86,7 @@ class Loader:
     def __init__(
         self, manifests: Sequence[Manifest], storages: Sequence[Storage], where: Position,
         assembler: Assembler, ledger: FaultLedger, *, task: str, batch: int, rank: int,
-        world_size: int, train: bool, workers: int, pin_memory: bool,
+        world_size: int, train: bool, workers: int, device: torch.device,
     ) -> None:  # fmt: skip
         self.manifests = tuple(manifests)
         self.global_batch = batch * world_size
@@ -91,7 +95,7 @@ class Loader:
         self._assembler, self._ledger = assembler, ledger
         self._task, self._batch, self._train = task, batch, train
         self._rank, self._world_size = rank, world_size
-        self._workers, self._pin_memory = workers, pin_memory
+        self._workers, self._device = workers, device
 
     @property
     def samples_per_epoch(self) -> int:
@@ -143,13 +147,14 @@ class Loader:
                 batch_size=None,
                 # More workers than batches would start for nothing.
                 num_workers=self._workers if self._train else min(self._workers, len(self)),
-                pin_memory=self._pin_memory,
+                pin_memory=self._device.type == "cuda",
                 worker_init_fn=start_worker,
             )
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        for delivery in self._deliveries():
+        # What waits on the device was not delivered: only batches that are handed out count.
+        for delivery in DevicePrefetcher(self._deliveries(), self._device):
             if delivery.error:
                 raise ShardError(delivery.error)
             self._ledger.deliver(delivery.positions, delivery.faults)
@@ -208,13 +213,19 @@ def _assembler(
     )  # fmt: skip
 
 
-def _unit(images: int, rows: int, world_size: int) -> tuple[int, int]:
-    """(images, rows) of a region unit: the smallest of at least _UNIT_IMAGES images that cuts a
-    rank's batch evenly. A small one lets more rank counts share the same global batch.
+def _unit(region: RegionOptions) -> tuple[int, int]:
+    """(images, rows) of a region unit: the wanted one, or the smallest of at least _UNIT_IMAGES
+    images that cuts a rank's batch evenly. A small one lets more rank counts share a global batch.
     """
-    counts = [n for n in range(1, images + 1) if images % n == 0 and rows % n == 0]
-    units = max([n for n in counts if images // n >= _UNIT_IMAGES], default=1)
-    return images // units, rows // units
+    images, rows, wanted = region.images, region.rows, region.unit_images
+    sizes = [n for n in range(1, images + 1) if images % n == 0 and rows % (images // n) == 0]
+    if wanted and wanted not in sizes:
+        raise ValueError(
+            f"data.region.unit_images: {wanted} does not cut {images} images and {rows} rows of a "
+            f"rank evenly; use one of {', '.join(map(str, sizes))}"
+        )
+    size = wanted or min((n for n in sizes if n >= _UNIT_IMAGES), default=images)
+    return size, rows * size // images
 
 
 def _check_task(manifest: Manifest, task: str) -> None:
@@ -232,7 +243,7 @@ def build_loader(
     mlm_max: int = 8, rows_per_image: int = 1, augment: str = "none", workers: int = 0,
     block: int = 256, window_blocks: int = 64, groups: int = 0, mix_period: int = 1000,
     faults: str = "raise", max_fault_rate: float = 0.001, region: RegionOptions | None = None,
-    limit: int = 0, pin_memory: bool = False, quarantine: Path | None = None,
+    limit: int = 0, quarantine: Path | None = None, device: torch.device | str = "cpu",
     remote: RemoteOptions | None = None,
 ) -> Loader:  # fmt: skip
     """The loader of one rank.
@@ -250,7 +261,8 @@ def build_loader(
         groups: canonical groups of the order; 0 chooses (see `mixture.choose_groups`).
         mix_period: places in which a mixture's shares are exact.
         faults: "raise" or "skip".   max_fault_rate: largest share of skipped samples.
-        quarantine: JSONL file of skipped samples.   remote: cache and retries of URLs.
+        quarantine: JSONL file of skipped samples.   device: where batches are handed out; on CUDA
+            they are pinned and copied ahead.   remote: cache and retries of URLs.
 
     Raises:
         FileNotFoundError: no folder, manifest or shard.
@@ -283,7 +295,7 @@ def build_loader(
         groups = choose_groups(size * world_size, world_size, samples, window) if train else 1
     unit = None
     if task == "region" and region is not None:
-        unit = _unit(size, region.rows, world_size)
+        unit = _unit(region)
     where = Position(
         PlanSettings(task, seed, block, window_blocks, groups, train, limit),
         [
@@ -302,5 +314,5 @@ def build_loader(
     return Loader(
         manifests, [storage_for(m, remote) for m in manifests], where, assembler, ledger,
         task=task, batch=size, rank=rank, world_size=world_size, train=train, workers=workers,
-        pin_memory=pin_memory,
+        device=torch.device(device),
     )  # fmt: skip

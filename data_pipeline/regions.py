@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.decode import Picture
 from data_pipeline.faults import SkipSample
 from data_pipeline.records import Box, PretrainRecord, RegionElement
-from data_pipeline.transforms import Augmentation, resize
+from data_pipeline.transforms import Augmentation, crop, mirror, resize
 
 __all__ = ["RegionRow", "choose_crop", "choose_rows", "clip_box", "draw_region_rows", "patch_mask"]
 
@@ -104,19 +105,19 @@ def _check_boxes(record: PretrainRecord) -> None:
 
 
 def _crop_pixels(
-    image: np.ndarray, crop: tuple[int, int, int, int], record: PretrainRecord
+    image: np.ndarray | Picture, box: tuple[int, int, int, int], record: PretrainRecord, least: int
 ) -> np.ndarray:
-    """The crop of the decoded image, whose size may differ from the record's frame."""
+    """The crop of the image, whose size may differ from the record's frame."""
     height, width = image.shape[:2]
     across, down = width / record.width, height / record.height
-    x0, x1 = round(crop[0] * across), round(crop[2] * across)
-    y0, y1 = round(crop[1] * down), round(crop[3] * down)
-    return image[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
+    x0, x1 = round(box[0] * across), round(box[2] * across)
+    y0, y1 = round(box[1] * down), round(box[3] * down)
+    return crop(image, x0, y0, max(x1 - x0, 1), max(y1 - y0, 1), least)
 
 
 def draw_region_rows(
     record: PretrainRecord,
-    image: np.ndarray,
+    image: np.ndarray | Picture,
     rng: random.Random,
     augmentation: Augmentation,
     *,
@@ -134,10 +135,10 @@ def draw_region_rows(
     _check_boxes(record)
     if not record.elements and not record.captions:
         raise SkipSample("missing", "no caption and no region")
-    crop = (0, 0, max(1, record.width), max(1, record.height))
+    seen = (0, 0, max(1, record.width), max(1, record.height))
     if record.elements and augmentation.name != "none":
         anchor = rng.choice(record.elements)
-        crop = choose_crop(anchor.box, record.width, record.height, rng)
+        seen = choose_crop(anchor.box, record.width, record.height, rng)
     rows = []
     if record.captions:
         rows.append(RegionRow(rng.choice(record.captions), _WHOLE, False))
@@ -147,14 +148,18 @@ def draw_region_rows(
     for element in elements:
         if len(rows) >= max_regions:
             break
-        box = clip_box(element.box, crop, min_fraction)
+        box = clip_box(element.box, seen, min_fraction)
         if box is not None:
             mirrored = (1.0 - box[0], *box[1:]) if flip else box
             rows.append(RegionRow(_caption(element, rng), mirrored, True))
-    pixels = _crop_pixels(image, crop, record) if record.width else image
+    least = augmentation.size if augmentation.flips else 0
+    if record.width:
+        pixels = _crop_pixels(image, seen, record, least)
+    else:
+        pixels = crop(image, 0, 0, image.shape[1], image.shape[0], least)
     pixels = resize(pixels, augmentation.size, augmentation.size)
     if flip:
-        pixels = pixels[:, ::-1]
+        pixels = mirror(pixels)
     return augmentation.colours(pixels, rng), rows
 
 

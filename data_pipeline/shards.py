@@ -10,17 +10,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
-from data_pipeline.index import build_index, write_manifest
+from data_pipeline.index import build_index
+from data_pipeline.manifest import write_manifest
+from data_pipeline.progress import progress
 
 __all__ = ["ShardSet", "check_key", "clear_shards", "dump_json", "progress", "write_shard"]
 
 _PARTIAL = ".partial"
-T = TypeVar("T")
 
 
 def dump_json(content: Any) -> bytes:
@@ -127,32 +127,3 @@ def write_shard(
         for key, members in samples:
             out.write(key, members)
     return out.samples
-
-
-def progress(
-    items: Iterable[T],
-    total: int,
-    label: str,
-    unit: str,
-    size: Callable[[T], int] = lambda _: 1,
-    interval: float = 10.0,
-) -> Iterator[T]:
-    """Pass items on and show how far they are (stderr): a bar on a terminal, else lines."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(total=total, desc=label, unit=unit) as bar:
-            for item in items:
-                bar.update(size(item))
-                yield item
-        return
-    begun = said = time.monotonic()
-    done = 0
-    for item in items:
-        done += size(item)
-        now = time.monotonic()
-        if now - said >= interval or done >= total:
-            rate = done / max(now - begun, 1e-9)
-            print(f"{label}: {done}/{total} {unit} ({rate:.0f}/s)", file=sys.stderr, flush=True)
-            said = now
-        yield item

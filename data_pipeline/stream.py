@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import xxhash
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import map as map_stage
@@ -316,6 +317,17 @@ class Delivery:
     def pin_memory(self) -> Delivery:
         """Called by torch's DataLoader."""
         return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Delivery:
+        """The same delivery with its batch on `device`."""
+        if self.batch is None:
+            return self
+        return replace(self, batch=self.batch.to(device, non_blocking=non_blocking))
+
+    def record_stream(self, stream: Any) -> None:
+        """Keeps the batch's memory until `stream` is done with it (CUDA)."""
+        if self.batch is not None:
+            self.batch.record_stream(stream)
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,8 @@ import xxhash
 
 from data_pipeline.decode import decode_image
 from data_pipeline.faults import SkipSample
-from data_pipeline.index import (
-    MANIFEST_NAME,
-    Manifest,
-    Shard,
-    ShardError,
-    ShardIndex,
-    load_index,
-    load_manifest,
-)
+from data_pipeline.index import ShardError, ShardIndex, load_index
+from data_pipeline.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest
 from data_pipeline.records import RecordError, image_members, parse_record
 from data_pipeline.shards import progress
 
@@ -66,7 +59,8 @@ def data_folders(root: Path) -> list[Path]:
 def read_members(data: bytes, index: ShardIndex, sample: int) -> dict[str, bytes]:
     """Extension -> bytes of one sample, from the whole shard's bytes."""
     return {
-        extension: data[offset : offset + size] for extension, offset, size in index.members(sample)
+        extension: data[offset : offset + size]
+        for extension, offset, size, _ in index.members(sample)
     }
 
 

@@ -6,43 +6,86 @@ Source: EfficientVLM (2210.07795) section 3; BERT (1810.04805).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from models.config import TextConfig
-from models.layers import BertLayer, Recorder
+from models.layers import Attention, BertLayer, LayerCache, Recorder
 from models.outputs import Capture, EncoderOutput
 
-__all__ = ["TextEmbeddings", "TextStack", "bert_layer", "initialise_bert", "run_layers"]
+__all__ = [
+    "DecoderCache",
+    "ImageMasks",
+    "Images",
+    "TextEmbeddings",
+    "TextStack",
+    "bert_layer",
+    "initialise_bert",
+    "run_layers",
+]
+
+# One image for each text, or two of them (forms of NLVR2).
+Images = Tensor | Sequence[Tensor]
+ImageMasks = Tensor | Sequence[Tensor | None] | None
+Context = tuple[Tensor, Tensor | None]
+
+
+class DecoderCache:
+    """What the layers of a decoder keep between calls, so that each token is computed once."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = [LayerCache() for _ in range(layers)]
+        self.length = 0
+
+    def __getitem__(self, index: int) -> LayerCache:
+        return self.layers[index]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i continues what row rows[i] was; rows must stay with their own context."""
+        for layer in self.layers:
+            layer.own.reorder(rows)
 
 
 class TextEmbeddings(nn.Module):
-    """Word, position and token-type embeddings, summed and normalised."""
+    """Word, position and token-type embeddings, summed, normalised, and projected where the tables
+    are narrower than the layers (ELECTRA).
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.max_positions = config.max_positions
-        self.word = nn.Embedding(config.vocab_size, config.width, padding_idx=config.pad_id)
-        self.position = nn.Embedding(config.max_positions, config.width)
-        self.token_type = nn.Embedding(config.type_vocab_size, config.width)
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        width, types = config.embedding_width, config.type_vocab_size
+        self.max_positions, self.offset = config.max_positions, config.position_offset
+        self.word = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_id)
+        self.position = nn.Embedding(config.position_offset + config.max_positions, width)
+        self.token_type = nn.Embedding(types, width) if types else None
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.projection = (
+            nn.Identity() if config.word_width is None else nn.Linear(width, config.width)
+        )
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """(B, L) int64 -> (B, L, D); every token has type 0.
+    def forward(self, ids: Tensor, start: int = 0) -> Tensor:
+        """(B, L) int64, padded on the right -> (B, L, D); every token has type 0.
+
+        Args:
+            start: place of the first token, when those before it were seen in earlier calls.
 
         Raises:
-            ValueError: when L is more than the model has positions.
+            ValueError: when there are more tokens than the model has positions.
         """
-        length = ids.shape[1]
-        if length > self.max_positions:
+        stop = start + ids.shape[1]
+        if stop > self.max_positions:
             raise ValueError(
-                f"{length} tokens, but text.max_positions is {self.max_positions}; lower max_tokens"
+                f"{stop} tokens, but text.max_positions is {self.max_positions}; lower max_tokens"
             )
         # The tables are read through their own modules: ZeRO-3 gathers them only there.
-        positions = torch.arange(length, device=ids.device)
-        kind = self.token_type(torch.zeros_like(positions[:1]))
-        return self.dropout(self.norm(self.word(ids) + (self.position(positions) + kind)))
+        positions = torch.arange(self.offset + start, self.offset + stop, device=ids.device)
+        place = self.position(positions)
+        if self.token_type is not None:
+            place = place + self.token_type(torch.zeros_like(positions[:1]))
+        return self.projection(self.dropout(self.norm(self.word(ids) + place)))
 
 
 def bert_layer(
@@ -51,6 +94,8 @@ def bert_layer(
     units: int,
     cross_heads: int | None = None,
     context_width: int | None = None,
+    shared_heads: int | None = None,
+    owner: bool = True,
 ) -> BertLayer:
     """One layer with the widths given and everything else from the text configuration."""
     return BertLayer(
@@ -60,6 +105,8 @@ def bert_layer(
         units,
         cross_heads=cross_heads,
         context_width=context_width,
+        shared_heads=shared_heads,
+        owner=owner,
         activation=config.activation,
         gate_position=config.ffn_gate,
         eps=config.norm_eps,
@@ -81,20 +128,37 @@ def initialise_bert(module: nn.Module, std: float) -> None:
 
 
 def run_layers(
-    layers: list[nn.Module],
+    layers: Sequence[nn.Module],
     x: Tensor,
     mask: Tensor | None,
-    context: Tensor | None,
-    context_mask: Tensor | None,
+    contexts: Sequence[Context],
     capture: Capture,
     *,
     causal: bool = False,
+    cache: DecoderCache | None = None,
 ) -> EncoderOutput:
-    """Runs layers on x (B, L, D); indices of the output count from the first of `layers`."""
-    recorder = Recorder(capture)
+    """Runs layers on x (B, L, D); indices of the output count from the first of `layers`.
+
+    Args:
+        contexts: what cross-attention reads, states and mask; none for text layers. With two,
+            layers with cross-attention take turns, and the second of each two attends through the
+            key and value projection of the first.
+    """
+    recorder, turn = Recorder(capture), 0
     recorder.state(0, x)
+    owner: Attention | None = None
     for index, layer in enumerate(layers):
-        x, own, cross = layer(
+        assert isinstance(layer, BertLayer)
+        context, context_mask, memory = None, None, None
+        if layer.has_cross:
+            if not contexts:
+                raise ValueError("layers with cross-attention need image states to read")
+            context, context_mask = contexts[turn % len(contexts)]
+            cross = layer.cross_attention
+            if owner is not None and not cross.owner and cross.heads:
+                memory = owner.keys_values(context)
+            owner, turn = cross, turn + 1
+        x, own_trace, cross_trace = layer(
             x,
             mask,
             context,
@@ -102,50 +166,92 @@ def run_layers(
             causal=causal,
             trace=index in capture.attention,
             cross_trace=index in capture.cross_attention,
+            memory=memory,
+            cache=None if cache is None else cache[index],
         )
-        recorder.traces(index, own, cross)
+        recorder.traces(index, own_trace, cross_trace)
         recorder.state(index + 1, x)
+    if cache is not None:
+        cache.length += x.shape[1]
     return recorder.output(x)
 
 
 class TextStack(nn.Module):
-    """Embeddings and one list of layers; those from `text_layers` up have cross-attention."""
+    """Embeddings and one list of layers; those from `text_layers` up have cross-attention.
+
+    With `pair_heads` in the configuration, two consecutive fusion layers read one image each.
+    """
 
     def __init__(self, config: TextConfig, context_width: int) -> None:
         super().__init__()
         self.config = config
         self.embeddings = TextEmbeddings(config)
         cross = (None,) * config.text_layers + tuple(config.cross_heads)
-        self.layers = nn.ModuleList(
-            bert_layer(config, heads, units, cross_heads, context_width)
-            for heads, units, cross_heads in zip(config.heads, config.ffn, cross, strict=True)
-        )
+        pairs = config.pair_heads
+        self.layers = nn.ModuleList()
+        for index, heads in enumerate(config.heads):
+            place = index - config.text_layers
+            self.layers.append(
+                bert_layer(
+                    config,
+                    heads,
+                    config.ffn[index],
+                    cross[index],
+                    context_width,
+                    shared_heads=pairs[place // 2] if pairs is not None and place >= 0 else None,
+                    owner=pairs is None or place % 2 == 0,
+                )
+            )
+
+    def _contexts(self, states: Images, mask: ImageMasks) -> list[Context]:
+        """(states, mask) of each image. Raises ValueError unless there are as many as layers take."""
+        images = [states] if isinstance(states, Tensor) else list(states)
+        masks = [mask] if mask is None or isinstance(mask, Tensor) else list(mask)
+        if mask is None:
+            masks = [None] * len(images)
+        wanted = 1 if self.config.pair_heads is None else 2
+        if not len(images) == len(masks) == wanted:
+            raise ValueError(
+                f"the model reads {wanted} image(s) for a text: got states of {len(images)} and "
+                f"masks of {len(masks)}"
+            )
+        return list(zip(images, masks, strict=True))
 
     def encode(self, ids: Tensor, mask: Tensor | None, capture: Capture) -> EncoderOutput:
         """Text layers only: ids (B, L), mask (B, L) bool."""
         layers = list(self.layers[: self.config.text_layers])
-        return run_layers(layers, self.embeddings(ids), mask, None, None, capture)
+        return run_layers(layers, self.embeddings(ids), mask, (), capture)
 
     def fuse(
         self,
         states: Tensor,
         mask: Tensor | None,
-        image_states: Tensor,
-        image_mask: Tensor | None,
+        image_states: Images,
+        image_mask: ImageMasks,
         capture: Capture,
     ) -> EncoderOutput:
-        """Fusion layers only: states (B, L, D) attend to image_states (B, P, vision width)."""
+        """Fusion layers only: states (B, L, D) attend to image_states, see `XVLM.fuse`."""
         layers = list(self.layers[self.config.text_layers :])
-        return run_layers(layers, states, mask, image_states, image_mask, capture)
+        contexts = self._contexts(image_states, image_mask)
+        return run_layers(layers, states, mask, contexts, capture)
 
     def multimodal(
         self,
         ids: Tensor,
         mask: Tensor | None,
-        image_states: Tensor,
-        image_mask: Tensor | None,
+        image_states: Images,
+        image_mask: ImageMasks,
         capture: Capture,
+        *,
+        causal: bool = False,
+        cache: DecoderCache | None = None,
     ) -> EncoderOutput:
-        """All layers in one pass and one numbering."""
-        x = self.embeddings(ids)
-        return run_layers(list(self.layers), x, mask, image_states, image_mask, capture)
+        """All layers in one pass and one numbering.
+
+        Args:
+            causal: tokens see earlier ones only: the stack is a decoder (captioning).
+            cache: then ids are the tokens after those that the cache has seen.
+        """
+        x = self.embeddings(ids, 0 if cache is None else cache.length)
+        contexts = self._contexts(image_states, image_mask)
+        return run_layers(list(self.layers), x, mask, contexts, capture, causal=causal, cache=cache)

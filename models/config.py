@@ -13,28 +13,57 @@ from typing import Any, Literal, cast, get_args
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-__all__ = ["DecoderConfig", "ModelConfig", "TextConfig", "VisionConfig", "Form"]
+__all__ = ["DecoderConfig", "Form", "HEADS", "ModelConfig", "TextConfig", "VisionConfig"]
 
-Form = Literal["pretrain", "vqa"]
+Form = Literal["pretrain", "retrieval", "vqa", "nlvr2_pretrain", "nlvr2", "captioning", "grounding"]
+# The modules of each form beside `vision` and `text`.
+HEADS: dict[Form, tuple[str, ...]] = {
+    "pretrain": (
+        "image_projection",
+        "text_projection",
+        "contrastive",
+        "itm_head",
+        "bbox_head",
+        "mlm_head",
+    ),
+    "retrieval": ("image_projection", "text_projection", "contrastive", "itm_head"),
+    "vqa": ("decoder",),
+    "nlvr2_pretrain": ("image_projection", "ta_head"),
+    "nlvr2": ("cls_head",),
+    "captioning": ("lm_head",),
+    "grounding": ("bbox_head",),
+}
+PAIRED: tuple[Form, ...] = ("nlvr2_pretrain", "nlvr2")
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
 GatePosition = Literal["pre", "post"]
+Pooling = Literal["class", "mean", "map"]
+FinalNorm = Literal["tokens", "pooled", "none"]
 _STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class VisionConfig:
-    """CLIP-style ViT (EfficientVLM section 3; CLIP ViT-B/16 vision tower).
+    """A plain ViT; the defaults are CLIP's ViT-B/16 tower (EfficientVLM section 3).
 
     Attributes:
+        backbone: where the shape came from ("timm/NAME"), a note; see `models.backbones`.
         heads, ffn: per layer: attention heads kept and FFN units kept.
         region_layers: the last layers that apply the region mask (teacher 4, student 2).
         ffn_gate: FFN gates multiply the input ("pre") or the output ("post") of the activation.
+        class_token: a learned token in front of the patches (SigLIP has none).
+        register_tokens: learned tokens between class token and patches; they are no output.
+        prefix_positions: class and register tokens have positions (DINOv2 with registers: not).
+        pooling: what the first output token is: the "class" token, the "mean" of the patches, or
+            attention pooling of the patches ("map").
+        pool_ffn: FFN units of attention pooling.
         pre_norm: a norm between the embeddings and the blocks (CLIP has one, a plain ViT has not).
-        patch_bias: the patch embedding has a bias.
+        final_norm: what the last norm acts on: all "tokens", the "pooled" token only, or "none".
+        patch_bias, qkv_bias: the patch embedding, and the attentions' inputs, have biases.
         layer_scale: initial value of learned per-channel factors on the residuals; None has none.
         drop_path: stochastic depth of the last block, growing linearly from 0.
     """
 
+    backbone: str | None = None
     image_size: int = 224
     patch_size: int = 16
     width: int = 768
@@ -45,19 +74,58 @@ class VisionConfig:
     activation: Activation = "quick_gelu"
     norm_eps: float = 1e-5
     ffn_gate: GatePosition = "pre"
+    class_token: bool = True
+    register_tokens: int = 0
+    prefix_positions: bool = True
+    pooling: Pooling = "class"
+    pool_ffn: int = 0
     pre_norm: bool = True
+    final_norm: FinalNorm = "tokens"
     patch_bias: bool = False
+    qkv_bias: bool = True
     layer_scale: float | None = None
     drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.pooling == "class" and not self.class_token:
+            raise ValueError(
+                'vision.pooling "class" needs vision.class_token; choose "mean" or "map"'
+            )
+        if (self.pooling == "map") != (self.pool_ffn > 0):
+            raise ValueError('vision.pool_ffn belongs to vision.pooling "map", and only to it')
 
     @property
     def layers(self) -> int:
         return len(self.ffn)
 
     @property
+    def prefix_tokens(self) -> int:
+        """Tokens in front of the patches inside the blocks: class token and registers."""
+        return int(self.class_token) + self.register_tokens
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
     def tokens(self) -> int:
-        """1 + number of patches."""
-        return 1 + (self.image_size // self.patch_size) ** 2
+        """Tokens inside the blocks: class token, registers, patches."""
+        return self.prefix_tokens + self.patches
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens that the encoder returns: one for the whole image, then the patches."""
+        return 1 + self.patches
+
+    @property
+    def position_prefix(self) -> int:
+        """Rows of the position table in front of those of the patches."""
+        return self.prefix_tokens if self.prefix_positions else 0
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the position table."""
+        return self.position_prefix + self.patches
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -65,18 +133,31 @@ class TextConfig:
     """One BERT stack split in text layers (below `text_layers`) and fusion layers (from it up).
 
     Attributes:
+        backbone: where the shape came from ("hf/PATH"), a note; see `models.backbones`.
+        max_positions: tokens that can be read.
+        position_offset: unused rows at the start of the position table (RoBERTa: 2).
+        type_vocab_size: token types; 0 has no such table (DistilBERT).
+        word_width: width of the word table when a projection follows it (ELECTRA); None is `width`.
         heads, ffn: per layer of the whole stack.   cross_heads: per FUSION layer.
+        pair_heads: for two images: fusion layers 2j and 2j + 1 read image 0 and image 1 through ONE
+            key and value projection of pair_heads[j] heads. The first of the two uses the first
+            cross_heads[2j] of them, the second the last cross_heads[2j + 1]; a dense model uses all
+            in both. None: every fusion layer stands alone and there is one image.
         init_std: deviation of fresh weights.
     """
 
+    backbone: str | None = None
     vocab_size: int = 30522
     max_positions: int = 512
+    position_offset: int = 0
     type_vocab_size: int = 2
     width: int = 768
+    word_width: int | None = None
     head_dim: int = 64
     text_layers: int = 6
     heads: tuple[int, ...] = (12,) * 12
     cross_heads: tuple[int, ...] = (12,) * 6
+    pair_heads: tuple[int, ...] | None = None
     ffn: tuple[int, ...] = (3072,) * 12
     activation: Activation = "gelu"
     norm_eps: float = 1e-12
@@ -89,6 +170,11 @@ class TextConfig:
     @property
     def layers(self) -> int:
         return len(self.ffn)
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the word, position and token-type tables."""
+        return self.width if self.word_width is None else self.word_width
 
     @property
     def fusion_layers(self) -> int:
@@ -113,10 +199,14 @@ class DecoderConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ModelConfig:
-    """A whole model. `form` says which heads exist.
+    """A whole model. `form` says which modules stand beside the vision and the text encoder.
 
-    pretrain: vision, text, projections, temperature, ITM, box and MLM heads.
-    vqa: vision, text (no MLM), decoder.
+    pretrain: projections, temperature, matching, box and masked-token heads.
+    retrieval: projections, temperature and matching head; also the weakly supervised grounding.
+    vqa: an answer decoder.   captioning: `lm_head`, the text encoder itself is the decoder.
+    nlvr2: fusion layers in pairs (`TextConfig.pair_heads`) and `cls_head`, two classes.
+    nlvr2_pretrain: pairs, `ta_head` (which image, or none, fits) and the image projection.
+    grounding: the box head.
     """
 
     name: str = "xvlm"
@@ -141,6 +231,9 @@ class ModelConfig:
             raise ValueError(
                 "text.heads needs one entry per layer, text.cross_heads one per fusion layer"
             )
+        if (self.form in PAIRED) != (text.pair_heads is not None):
+            raise ValueError(f"text.pair_heads belongs to forms {PAIRED}, and only to them")
+        _check_pairs(text)
         if (self.form == "vqa") != (decoder is not None):
             raise ValueError('a decoder belongs to form "vqa", and only to it')
         if (
@@ -157,36 +250,22 @@ class ModelConfig:
         """The same model in another form, as it is built before task fine-tuning.
 
         Args:
-            decoder_layers: for "vqa"; None takes as many as there are fusion layers, with their
-                widths (the decoder starts from them).   image_size: None keeps the size.
+            decoder_layers: for "vqa"; None keeps a decoder that is there, and else takes as many
+                layers as there are fusion layers, with their widths (the decoder starts from them).
+            image_size: None keeps the size.
 
         Raises:
-            ValueError: on an unknown form, or when the decoder's widths do not follow.
+            ValueError: on an unknown form, or when the widths of the layers do not follow.
         """
         if form not in get_args(Form):
             raise ValueError(f"form {form!r} is unknown; choose one of {get_args(Form)}")
-        text = self.text
         decoder = None
         if form == "vqa":
-            widths = list(
-                zip(
-                    text.heads[text.text_layers :],
-                    text.cross_heads,
-                    text.ffn[text.text_layers :],
-                    strict=True,
-                )
-            )
-            if decoder_layers is not None and decoder_layers != len(widths):
-                if len(set(widths)) != 1:
-                    raise ValueError(
-                        f"{decoder_layers} decoder layers from {len(widths)} fusion layers of "
-                        "unequal widths; leave decoder_layers out or write the decoder's widths"
-                    )
-                widths = widths[:1] * decoder_layers
-            heads, cross, ffn = (tuple(part) for part in zip(*widths, strict=True))
-            decoder = DecoderConfig(heads=heads, cross_heads=cross, ffn=ffn)
+            keep = self.decoder is not None and decoder_layers is None
+            decoder = self.decoder if keep else _decoder(self.text, decoder_layers)
+        text = _paired(self.text) if form in PAIRED else _unpaired(self.text)
         vision = replace(self.vision, image_size=image_size or self.vision.image_size)
-        return replace(self, form=cast(Form, form), vision=vision, decoder=decoder)
+        return replace(self, form=cast(Form, form), vision=vision, text=text, decoder=decoder)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -212,3 +291,75 @@ class ModelConfig:
         except ValueError as error:  # not JSON, or not UTF-8
             raise ValueError(f"{path}: not a readable JSON file: {error}") from error
         return cls.from_dict(values, where=str(path))
+
+
+def _fusion_widths(text: TextConfig) -> list[tuple[int, int, int]]:
+    """(heads, cross heads, units) of each fusion layer."""
+    first = text.text_layers
+    return list(zip(text.heads[first:], text.cross_heads, text.ffn[first:], strict=True))
+
+
+def _with_fusion(
+    text: TextConfig, widths: list[tuple[int, int, int]], pair_heads: tuple[int, ...] | None
+) -> TextConfig:
+    first = text.text_layers
+    return replace(
+        text,
+        heads=text.heads[:first] + tuple(own for own, _, _ in widths),
+        cross_heads=tuple(cross for _, cross, _ in widths),
+        ffn=text.ffn[:first] + tuple(units for _, _, units in widths),
+        pair_heads=pair_heads,
+    )
+
+
+def _check_pairs(text: TextConfig) -> None:
+    """Raises ValueError when pairs of fusion layers do not fit their shared heads."""
+    if text.pair_heads is None:
+        return
+    if 2 * len(text.pair_heads) != text.fusion_layers:
+        raise ValueError(
+            f"text.pair_heads has {len(text.pair_heads)} entries for {text.fusion_layers} fusion "
+            "layers; it needs one per two consecutive ones"
+        )
+    for pair, shared in enumerate(text.pair_heads):
+        first, second = text.cross_heads[2 * pair : 2 * pair + 2]
+        if not max(first, second) <= shared <= first + second:
+            raise ValueError(
+                f"text.pair_heads: pair {pair} shares {shared} heads, its layers use {first} and "
+                f"{second}; the shared ones are at least the larger and at most both together"
+            )
+
+
+def _paired(text: TextConfig) -> TextConfig:
+    """Every fusion layer twice in a row, both reading the same key and value heads."""
+    if text.pair_heads is not None:
+        return text
+    doubled = [widths for widths in _fusion_widths(text) for _ in range(2)]
+    return _with_fusion(text, doubled, text.cross_heads)
+
+
+def _unpaired(text: TextConfig) -> TextConfig:
+    """One layer of each pair. Raises ValueError when the two of a pair have unequal widths."""
+    if text.pair_heads is None:
+        return text
+    widths = _fusion_widths(text)
+    for pair, (first, second) in enumerate(zip(widths[::2], widths[1::2], strict=True)):
+        if first != second or first[1] != text.pair_heads[pair]:
+            raise ValueError(
+                f"the layers of pair {pair} were pruned differently; no other form follows from it"
+            )
+    return _with_fusion(text, widths[::2], None)
+
+
+def _decoder(text: TextConfig, layers: int | None) -> DecoderConfig:
+    """The decoder that starts from the fusion layers."""
+    widths = _fusion_widths(_unpaired(text))
+    if layers is not None and layers != len(widths):
+        if len(set(widths)) != 1:
+            raise ValueError(
+                f"{layers} decoder layers from {len(widths)} fusion layers of unequal widths; "
+                "leave decoder_layers out or write the decoder's widths"
+            )
+        widths = widths[:1] * layers
+    heads, cross, ffn = (tuple(part) for part in zip(*widths, strict=True))
+    return DecoderConfig(heads=heads, cross_heads=cross, ffn=ffn)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.bert import TextEmbeddings, bert_layer, run_layers
+from models.bert import DecoderCache, TextEmbeddings, bert_layer, run_layers
 from models.config import DecoderConfig, TextConfig
 from models.heads import TokenHead
 from models.outputs import Capture, EncoderOutput
 
-__all__ = ["AnswerDecoder", "DecoderOutput"]
+__all__ = ["AnswerDecoder", "DecoderOutput", "scored"]
 
 
 @dataclass(kw_only=True)
@@ -27,6 +27,17 @@ class DecoderOutput(EncoderOutput):
     """
 
     logits: Tensor
+
+
+def scored(output: EncoderOutput, logits: Tensor) -> DecoderOutput:
+    """The output of a decoder's layers together with its logits (A, La, V)."""
+    return DecoderOutput(
+        last=output.last,
+        hidden=output.hidden,
+        attention=output.attention,
+        cross_attention=output.cross_attention,
+        logits=logits,
+    )
 
 
 class AnswerDecoder(nn.Module):
@@ -51,22 +62,21 @@ class AnswerDecoder(nn.Module):
         states: Tensor,
         state_mask: Tensor | None,
         capture: Capture | None = None,
+        cache: DecoderCache | None = None,
     ) -> DecoderOutput:
-        """ids (A, La), mask (A, La) bool, states (A, Ls, D), state_mask (A, Ls) bool."""
+        """ids (A, La), mask (A, La) bool, states (C, Ls, D), state_mask (C, Ls) bool.
+
+        A may be a multiple of C: each question then serves A / C consecutive answers. With a
+        `cache`, ids are the tokens after those it has seen, and mask covers both.
+        """
         output = run_layers(
             list(self.layers),
-            self.embeddings(ids),
+            self.embeddings(ids, 0 if cache is None else cache.length),
             mask,
-            states,
-            state_mask,
+            [(states, state_mask)],
             capture or Capture(),
             causal=True,
+            cache=cache,
         )
         logits = self.head(output.last, word_weight=self.embeddings.word.weight)
-        return DecoderOutput(
-            last=output.last,
-            hidden=output.hidden,
-            attention=output.attention,
-            cross_attention=output.cross_attention,
-            logits=logits,
-        )
+        return scored(output, logits)

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = ["config", "create", "names"]
 
-_FULL_SIZE_VQA_PIXELS = 480
+# Image sizes of the published task models; the others stay at the size of pre-training.
+_FULL_SIZE_PIXELS = {
+    "vqa": 480,
+    "retrieval": 384,
+    "nlvr2": 384,
+    "captioning": 384,
+    "grounding": 384,
+}
 
 
 def _full(name: str, vision: int, text: int, fusion: int, region: int) -> ModelConfig:
@@ -108,7 +115,7 @@ def config(name: str, *, form: str = "pretrain", **overrides: Any) -> ModelConfi
         raise ValueError(f"no preset {name!r}{hint} (presets: {', '.join(_PRESETS)})")
     preset = _PRESETS[name]
     if form != "pretrain":
-        size = _FULL_SIZE_VQA_PIXELS if name in _FULL_SIZE else None
+        size = _FULL_SIZE_PIXELS.get(form) if name in _FULL_SIZE else None
         preset = preset.as_form(form, image_size=size)
     values = preset.to_dict()
     _merge(values, overrides)

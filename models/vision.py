@@ -1,7 +1,14 @@
-"""The vision encoder: CLIP's ViT tower without projection, with region masks in the last layers.
+"""The vision encoder: a plain ViT without projection, with region masks in the last layers.
 
-Shape legend: N images, B region rows, P = 1 + patches (class token first), D width.
-Source: EfficientVLM (2210.07795) section 3, X-VLM (2111.08276) section 3.
+Inside the blocks a row holds T tokens: class token and registers, as far as the configuration has
+them, then the patches. What leaves the encoder is always P = 1 + patches tokens: one for the whole
+image, then the patches. The first is the class token, or what pooling makes of the patches where
+there is none (X-VLM's Swin puts the mean there); registers only serve the blocks (2309.16588) and
+are left out. So masks of 1 + patches columns fit every backbone.
+
+Shape legend: N images, B region rows, T and P tokens as above, D width.
+Source: EfficientVLM (2210.07795) section 3, X-VLM (2111.08276) section 3; CLIP, DeiT, SigLIP
+(attention pooling) and DINOv2 (registers) as timm.models.vision_transformer has them.
 """
 
 from __future__ import annotations
@@ -17,7 +24,13 @@ from models.config import VisionConfig
 from models.layers import Attention, FeedForward, Recorder, ViTBlock
 from models.outputs import Capture, EncoderOutput
 
-__all__ = ["RegionOutput", "VisionEmbeddings", "VisionEncoder", "resize_positions"]
+__all__ = [
+    "AttentionPool",
+    "RegionOutput",
+    "VisionEmbeddings",
+    "VisionEncoder",
+    "resize_positions",
+]
 
 
 @dataclass
@@ -26,8 +39,8 @@ class RegionOutput:
 
     Attributes:
         rows: one entry per region row: `last` is (B, P, D), under the region masks. Its hidden
-            states and traces have N rows before the layers that apply the mask, and B + N from
-            there on (the B region rows first, then the N full images).
+            states and traces have T tokens, N rows before the layers that apply the mask, and B + N
+            from there on (the B region rows first, then the N full images).
         full: (N, P, D) final states of the full, unmasked images.
     """
 
@@ -35,34 +48,40 @@ class RegionOutput:
     full: Tensor
 
 
-def resize_positions(positions: Tensor, grid: int) -> Tensor:
-    """(1 + g*g, D) -> (1 + grid*grid, D): bicubic on the patch rows, the class row is kept.
+def resize_positions(positions: Tensor, grid: int, prefix: int = 1) -> Tensor:
+    """(prefix + g*g, D) -> (prefix + grid*grid, D): bicubic on the patch rows, the first `prefix`
+    rows are kept (`VisionConfig.position_prefix`).
 
     No antialiasing and align_corners False, as the published code has it.
     """
     resized = resample_abs_pos_embed(
-        positions.unsqueeze(0), [grid, grid], num_prefix_tokens=1, antialias=False
+        positions.unsqueeze(0), [grid, grid], num_prefix_tokens=prefix, antialias=False
     )
     return resized.squeeze(0).contiguous()
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches, class token and learned positions, then the norm in front of the blocks."""
+    """Class token, registers, patches and learned positions, then the norm before the blocks."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.image_size = config.image_size
+        self.image_size, self.prefix_positions = config.image_size, config.prefix_positions
         self.patch = PatchEmbed(
             config.image_size, config.patch_size, 3, config.width, bias=config.patch_bias
         )
-        self.class_token = nn.Parameter(torch.zeros(config.width))
-        self.position = nn.Parameter(torch.zeros(config.tokens, config.width))
+        self.class_token = nn.Parameter(torch.zeros(config.width)) if config.class_token else None
+        self.registers = (
+            nn.Parameter(torch.zeros(config.register_tokens, config.width))
+            if config.register_tokens
+            else None
+        )
+        self.position = nn.Parameter(torch.zeros(config.position_rows, config.width))
         self.norm = (
             nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, S, S) normalised float -> (N, P, D).
+        """(N, 3, S, S) normalised float -> (N, T, D).
 
         Raises:
             ValueError: on images of another size than the configuration says.
@@ -73,13 +92,42 @@ class VisionEmbeddings(nn.Module):
                 f"images have shape {tuple(images.shape)}, the model expects "
                 f"(N, 3, {size}, {size}); resize the images or set vision.image_size"
             )
-        patches = self.patch(images.to(self.patch.proj.weight.dtype))
-        first = self.class_token.to(patches.dtype).expand(patches.shape[0], 1, -1)
-        return self.norm(torch.cat([first, patches], dim=1) + self.position)
+        x = self.patch(images.to(self.patch.proj.weight.dtype))
+        if not self.prefix_positions:
+            x = x + self.position
+        prefix = [token for token in (self.class_token, self.registers) if token is not None]
+        if prefix:
+            rows = [
+                token.to(x.dtype).expand(len(x), -1 if token.ndim > 1 else 1, -1)
+                for token in prefix
+            ]
+            x = torch.cat([*rows, x], dim=1)
+        return self.norm(x + self.position if self.prefix_positions else x)
+
+
+class AttentionPool(nn.Module):
+    """Attention pooling: one learned query reads all tokens, then a residual feed-forward part.
+
+    Source: SigLIP (2303.15343); timm.layers.AttentionPoolLatent.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.latent = nn.Parameter(torch.zeros(width))
+        self.attention = Attention(width, width // config.head_dim, config.head_dim)
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.ffn = FeedForward(width, config.pool_ffn, config.activation, config.ffn_gate)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, D), mask (B, N) bool or None -> (B, 1, D)."""
+        query = self.latent.to(x.dtype).expand(len(x), 1, -1)
+        pooled, _ = self.attention(query, context=x, key_mask=mask)
+        return pooled + self.ffn(self.norm(pooled))
 
 
 class VisionEncoder(nn.Module):
-    """Embeddings, pre-norm blocks, and a final norm on all tokens."""
+    """Embeddings, pre-norm blocks, the final norm, and the token for the whole image."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -97,21 +145,31 @@ class VisionEncoder(nn.Module):
                 layer_scale=config.layer_scale,
                 # stochastic depth grows linearly, as in timm
                 drop_path=config.drop_path * index / max(1, config.layers - 1),
+                qkv_bias=config.qkv_bias,
             )
             for index, (heads, units) in enumerate(zip(config.heads, config.ffn, strict=True))
         )
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.norm = (
+            nn.Identity()
+            if config.final_norm == "none"
+            else nn.LayerNorm(config.width, eps=config.norm_eps)
+        )
+        self.pool = AttentionPool(config) if config.pooling == "map" else None
 
     def initialise(self) -> None:
         """Fresh weights in the manner of CLIP: residual outputs shrink with depth."""
         width, depth = self.config.width, max(1, self.config.layers)
         narrow, residual = width**-0.5, width**-0.5 * (2 * depth) ** -0.5
-        nn.init.normal_(self.embeddings.class_token, std=narrow)
-        nn.init.normal_(self.embeddings.position, std=narrow)
-        nn.init.normal_(self.embeddings.patch.proj.weight, std=0.02)
-        if self.embeddings.patch.proj.bias is not None:
-            nn.init.zeros_(self.embeddings.patch.proj.bias)
-        for module in self.blocks.modules():
+        embeddings, pool = self.embeddings, self.pool
+        for learned in (embeddings.class_token, embeddings.registers, embeddings.position):
+            if learned is not None:
+                nn.init.normal_(learned, std=narrow)
+        nn.init.normal_(embeddings.patch.proj.weight, std=0.02)
+        if embeddings.patch.proj.bias is not None:
+            nn.init.zeros_(embeddings.patch.proj.bias)
+        if pool is not None:
+            nn.init.normal_(pool.latent, std=narrow)
+        for module in [*self.blocks.modules(), *(pool.modules() if pool is not None else ())]:
             if isinstance(module, Attention) and module.heads:
                 for linear in (module.q, module.k, module.v):
                     _normal(linear, narrow)
@@ -129,36 +187,77 @@ class VisionEncoder(nn.Module):
     ) -> EncoderOutput | RegionOutput:
         """Encodes normalised images (N, 3, S, S); see `XVLM.encode_image` for the region form."""
         recorder = Recorder(capture or Capture())
-        start = len(self.blocks) - self.config.region_layers
+        start = max(0, len(self.blocks) - self.config.region_layers)
         mask, rows = None, 0
         x = self.embeddings(images)
         recorder.state(0, x)
         for index, block in enumerate(self.blocks):
-            if region_mask is not None and index == max(start, 0):
-                x, mask, rows = _gather_regions(x, region_mask, image_index)
+            if region_mask is not None and index == start:
+                x, mask, rows = self._gather_regions(x, region_mask, image_index)
             x, record = block(x, mask, trace=index in recorder.capture.attention)
             recorder.traces(index, record)
             recorder.state(index + 1, x)
         if region_mask is not None and mask is None:  # region_layers is 0: rows see whole images
-            x, mask, rows = _gather_regions(x, region_mask, image_index)
-        x = self.norm(x)
+            x, mask, rows = self._gather_regions(x, region_mask, image_index)
+        x = self._output(x, mask)
         if region_mask is None:
             return recorder.output(x)
         return RegionOutput(recorder.output(x[:rows]), x[rows:])
+
+    def _gather_regions(
+        self, x: Tensor, region_mask: Tensor, image_index: Tensor | None
+    ) -> tuple[Tensor, Tensor, int]:
+        """(N, T, D) -> [B region rows; N images] (B + N, T, D), their key mask (B + N, T), and B.
+
+        The region mask (B, P) has one column for the whole image, which is the class token's.
+        Registers belong to no place and stay visible.
+        """
+        if image_index is None:
+            raise ValueError("a region mask needs image_index, the image of each row")
+        config, count = self.config, region_mask.shape[0]
+        if region_mask.shape[1] != config.output_tokens:
+            raise ValueError(
+                f"region masks have {region_mask.shape[1]} columns, the model expects "
+                f"{config.output_tokens}: one for the whole image and one for each patch"
+            )
+        registers = region_mask.new_ones(count, config.register_tokens)
+        first = region_mask[:, : int(config.class_token)]
+        columns = torch.cat([first, registers, region_mask[:, 1:]], dim=1)
+        gathered = torch.cat([x.index_select(0, image_index), x])
+        return gathered, torch.cat([columns, columns.new_ones(x.shape[:2])]), count
+
+    def _output(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Last states (B, T, D), key mask (B, T) or None -> (B, P, D): the token for the whole image
+        (pooled from visible patches only), then the patches.
+        """
+        config, prefix = self.config, self.config.prefix_tokens
+        if config.final_norm == "tokens":
+            x = self.norm(x)
+        if config.pooling == "class" and prefix == 1 and config.final_norm != "pooled":
+            return x
+        patches = x[:, prefix:]
+        visible = None if mask is None else mask[:, prefix:]
+        if config.pooling == "class":
+            first = x[:, :1]
+        elif self.pool is not None:
+            first = self.pool(patches, visible)
+        else:
+            first = _mean(patches, visible)
+        if config.final_norm == "pooled":
+            first = self.norm(first)
+        return torch.cat([first, patches], dim=1)
+
+
+def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, N, D) -> (B, 1, D), over the tokens that mask (B, N) shows."""
+    if mask is None:
+        return x.mean(dim=1, keepdim=True)
+    weight = mask.unsqueeze(-1).to(x.dtype)
+    return (x * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def _normal(linear: nn.Module, std: float) -> None:
     assert isinstance(linear, nn.Linear)
     nn.init.normal_(linear.weight, std=std)
-    nn.init.zeros_(linear.bias)
-
-
-def _gather_regions(
-    x: Tensor, region_mask: Tensor, image_index: Tensor | None
-) -> tuple[Tensor, Tensor, int]:
-    """(N, P, D) -> [B region rows; N images] (B + N, P, D), their key mask (B + N, P), and B."""
-    if image_index is None:
-        raise ValueError("a region mask needs image_index, the image of each row")
-    full = region_mask.new_ones(x.shape[0], x.shape[1])
-    gathered = torch.cat([x.index_select(0, image_index), x])
-    return gathered, torch.cat([region_mask, full]), region_mask.shape[0]
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)

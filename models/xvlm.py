@@ -1,7 +1,8 @@
-"""XVLM: vision encoder, text and fusion stack, heads, and the answer decoder; teacher and student.
+"""XVLM: vision encoder, text and fusion stack, and the heads of its form; teacher and student.
 
-Shape legend: N images, B text rows, L tokens, P = 1 + patches, D width, E shared embedding,
-M asked positions, A answers, La answer tokens, V vocabulary. Masks are boolean, True is visible.
+Shape legend: N images, B text rows, L tokens, P = 1 + patches, D width, E shared embedding, M asked
+positions, A decoded rows, La their tokens, C contexts (Ls states each) that the A rows read, V
+vocabulary. Masks are boolean, True is visible.
 
 The methods only pass tensors between submodules: every parameter is read inside the forward of
 the module that owns it, as ZeRO-3 needs. The one exception, the tied output weight, is listed
@@ -10,7 +11,7 @@ by `external_parameters`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from models import io
-from models.bert import TextStack, initialise_bert
-from models.config import ModelConfig
-from models.decoder import AnswerDecoder, DecoderOutput
+from models.bert import DecoderCache, ImageMasks, Images, TextStack, initialise_bert
+from models.config import HEADS, ModelConfig
+from models.decoder import AnswerDecoder, DecoderOutput, scored
 from models.gates import GateSlot
 from models.heads import ContrastiveTemperature, FeatureProjection, MlpHead, TokenHead
 from models.layers import Attention, BertLayer, FeedForward, ViTBlock
@@ -30,31 +31,35 @@ from models.vision import RegionOutput, VisionEncoder
 __all__ = ["XVLM", "DecoderOutput", "RegionOutput"]
 
 _NOTHING = Capture()
+_TOKEN_HEADS = ("mlm_head", "lm_head")  # their output weight is the text encoder's word table
 
 
 class XVLM(nn.Module):
     """A vision-language model as its configuration says.
 
-    Form "pretrain" has projections, temperature, matching, box and masked-token heads; form "vqa"
-    has the answer decoder instead. Fresh weights are drawn from torch's global generator.
+    `config.HEADS` lists the modules of each form; a method that needs one which the form has not
+    raises a ValueError that says so. Fresh weights are drawn from torch's global generator.
     """
+
+    image_projection: FeatureProjection
+    text_projection: FeatureProjection
+    contrastive: ContrastiveTemperature
+    itm_head: MlpHead
+    bbox_head: MlpHead
+    cls_head: MlpHead
+    mlm_head: TokenHead
+    lm_head: TokenHead
+    ta_head: nn.Linear
+    decoder: AnswerDecoder | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        text, width = config.text, config.text.width
         self.vision = VisionEncoder(config.vision)
-        self.text = TextStack(text, config.vision.width)
-        self.decoder: AnswerDecoder | None = None
-        if config.form == "pretrain":
-            self.image_projection = FeatureProjection(config.vision.width, config.embed_dim)
-            self.text_projection = FeatureProjection(width, config.embed_dim)
-            self.contrastive = ContrastiveTemperature()
-            self.itm_head = MlpHead(width, 2)
-            self.bbox_head = MlpHead(width, 4)
-            self.mlm_head = TokenHead(width, text.vocab_size, text.norm_eps)
-        if config.decoder is not None:
-            self.decoder = AnswerDecoder(config.decoder, text)
+        self.text = TextStack(config.text, config.vision.width)
+        self.decoder = None
+        for name in HEADS[config.form]:
+            setattr(self, name, _head(name, config))
         self._pixel_constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._initialise()
 
@@ -126,61 +131,116 @@ class XVLM(nn.Module):
         self,
         text_states: Tensor,
         text_mask: Tensor | None,
-        image_states: Tensor,
-        image_mask: Tensor | None = None,
+        image_states: Images,
+        image_mask: ImageMasks = None,
         capture: Capture = _NOTHING,
     ) -> EncoderOutput:
-        """text_states (B, L, D) attend to image_states (B, P, D) in the fusion layers."""
+        """text_states (B, L, D) attend to image_states (N, P, D) in the fusion layers.
+
+        B may be a multiple of N: each image then serves B / N consecutive rows, projected once.
+        Forms of NLVR2 take two image states (and two masks, or None); layer 2j reads the first.
+        """
         return self.text.fuse(text_states, text_mask, image_states, image_mask, capture)
 
     def multimodal(
         self,
         ids: Tensor,
         mask: Tensor | None,
-        image_states: Tensor,
-        image_mask: Tensor | None = None,
+        image_states: Images,
+        image_mask: ImageMasks = None,
         capture: Capture = _NOTHING,
     ) -> EncoderOutput:
-        """Text layers then fusion layers; indices count through both."""
+        """Text layers then fusion layers, images as for `fuse`; indices count through both."""
         return self.text.multimodal(ids, mask, image_states, image_mask, capture)
 
     def decode(
         self,
-        answer_ids: Tensor,
-        answer_mask: Tensor | None,
+        ids: Tensor,
+        mask: Tensor | None,
         states: Tensor,
         state_mask: Tensor | None,
         capture: Capture = _NOTHING,
+        cache: DecoderCache | None = None,
     ) -> DecoderOutput:
-        """answer_ids (A, La) given question states (A, Ls, D) -> states and logits (A, La, V)."""
-        if self.decoder is None:
-            raise ValueError('decode needs a model of form "vqa", this one has no answer decoder')
-        return self.decoder(answer_ids, answer_mask, states, state_mask, capture)
+        """ids (A, La) read `states` causally -> states and logits (A, La, V) of the next token.
+
+        Form "vqa": ids are answers, `states` (C, Ls, D) those of the question after fusion.
+        Form "captioning": ids are prompt and caption, `states` (C, P, D) those of the image.
+        A may be a multiple of C: each entry of `states` then serves A / C consecutive rows.
+
+        Args:
+            mask: (A, La) bool; with a cache (A, tokens seen + La). None: no padding.
+            cache: from `new_cache`; ids are then the tokens after those it has seen.
+
+        Raises:
+            ValueError: in the other forms.
+        """
+        if self.decoder is not None:
+            return self.decoder(ids, mask, states, state_mask, capture, cache)
+        if self.config.form != "captioning":
+            raise ValueError(
+                'decode needs a model of form "vqa" or "captioning", '
+                f"this one is of form {self.config.form!r}"
+            )
+        output = self.text.multimodal(
+            ids, mask, states, state_mask, capture, causal=True, cache=cache
+        )
+        return scored(
+            output, self.lm_head(output.last, word_weight=self.text.embeddings.word.weight)
+        )
+
+    def new_cache(self) -> DecoderCache:
+        """An empty cache for `decode`."""
+        return DecoderCache(len(self.text.layers if self.decoder is None else self.decoder.layers))
 
     # --- heads ----------------------------------------------------------------------------------
 
+    def _need(self, part: str) -> None:
+        """Raises ValueError when the form has no such module."""
+        if part not in HEADS[self.config.form]:
+            raise ValueError(
+                f"a model of form {self.config.form!r} has no {part}; it has "
+                f"{', '.join(HEADS[self.config.form])}"
+            )
+
     def image_feature(self, image_states: Tensor) -> Tensor:
         """(N, P, D) -> (N, E) float32, unit rows."""
+        self._need("image_projection")
         return self.image_projection(image_states)
 
     def text_feature(self, text_states: Tensor) -> Tensor:
         """(B, L, D) -> (B, E) float32, unit rows."""
+        self._need("text_projection")
         return self.text_projection(text_states)
 
     def temperature(self) -> Tensor:
         """(1,) float32 in [0.001, 0.5]; similarities are divided by it."""
+        self._need("contrastive")
         return self.contrastive()
 
     def match_logits(self, fused: Tensor) -> Tensor:
         """(B, L, D) -> (B, 2); class 1 says that image and text belong together."""
+        self._need("itm_head")
         return self.itm_head(fused)
 
     def predict_box(self, fused: Tensor) -> Tensor:
         """(B, L, D) -> (B, 4) float32 normalised (cx, cy, w, h)."""
+        self._need("bbox_head")
         return self.bbox_head(fused).float().sigmoid()
+
+    def truth_logits(self, fused: Tensor) -> Tensor:
+        """NLVR2: (B, L, D) -> (B, 2); class 1 says that the sentence is true of the two images."""
+        self._need("cls_head")
+        return self.cls_head(fused)
+
+    def assignment_logits(self, fused: Tensor) -> Tensor:
+        """Domain stage of NLVR2: (B, L, D) -> (B, 3); the text fits image 0, image 1, or neither."""
+        self._need("ta_head")
+        return self.ta_head(fused[:, 0])
 
     def mlm_logits(self, states: Tensor, positions: Tensor) -> Tensor:
         """states (B, L, D), positions (B, M) int64 -> (B, M, V)."""
+        self._need("mlm_head")
         return self.mlm_head(states, positions, word_weight=self.text.embeddings.word.weight)
 
     # --- what training and pruning ask ------------------------------------------------------------
@@ -190,9 +250,11 @@ class XVLM(nn.Module):
 
         An engine that partitions parameters registers each (ZeRO-3: register_external_parameter).
         """
-        pairs: list[tuple[nn.Module, Tensor]] = []
-        if self.config.form == "pretrain":
-            pairs.append((self.mlm_head, self.text.embeddings.word.weight))
+        pairs: list[tuple[nn.Module, Tensor]] = [
+            (getattr(self, name), self.text.embeddings.word.weight)
+            for name in HEADS[self.config.form]
+            if name in _TOKEN_HEADS
+        ]
         if self.decoder is not None:
             pairs.append((self.decoder.head, self.decoder.embeddings.word.weight))
         return cast(list[tuple[nn.Module, nn.Parameter]], pairs)
@@ -201,8 +263,8 @@ class XVLM(nn.Module):
         """A zero that depends on every parameter of the named parts, through their own forwards.
 
         For steps in which a part has nothing to do: sharded engines need a gradient for each
-        parameter in every step. Names: itm_head, bbox_head, mlm_head, image_projection,
-        text_projection, temperature, decoder.
+        parameter in every step. Names: the form's modules in `config.HEADS`; the contrastive
+        temperature goes by the name "temperature" too.
 
         Returns:
             A float32 scalar, exactly 0.
@@ -217,23 +279,21 @@ class XVLM(nn.Module):
         return total
 
     def _dummy_run(self, name: str, word: Tensor) -> Tensor:
-        states = torch.ones(1, 1, self.config.text.width, device=word.device, dtype=word.dtype)
-        if name == "decoder" and self.decoder is not None:
+        name = "contrastive" if name == "temperature" else name
+        if name not in HEADS[self.config.form]:
+            known = ", ".join(HEADS[self.config.form])
+            raise ValueError(
+                f"touch: no part {name!r} in a model of form {self.config.form!r}; it has {known}"
+            )
+        part = getattr(self, name)
+        width = self.config.vision.width if name == "image_projection" else self.config.text.width
+        states = torch.ones(1, 1, width, device=word.device, dtype=word.dtype)
+        if isinstance(part, AnswerDecoder):
             ids = torch.zeros(1, 1, dtype=torch.int64, device=word.device)
-            return self.decoder(ids, None, states, None).logits
-        if self.config.form != "pretrain" or name == "decoder":
-            raise ValueError(f"a model of form {self.config.form!r} has no part {name!r} to touch")
-        if name == "temperature":
-            return self.contrastive()
-        if name == "mlm_head":
-            return self.mlm_head(states, word_weight=word)
-        if name == "image_projection":
-            states = states.new_ones(1, 1, self.config.vision.width)
-        parts = ("itm_head", "bbox_head", "image_projection", "text_projection")
-        if name not in parts:
-            known = ", ".join(sorted((*parts, "mlm_head", "temperature")))
-            raise ValueError(f"touch: no part {name!r}; the model has {known}")
-        return getattr(self, name)(states)
+            return part(ids, None, states, None).logits
+        if isinstance(part, ContrastiveTemperature):
+            return part()
+        return part(states, word_weight=word) if name in _TOKEN_HEADS else part(states)
 
     def _gated(self) -> Iterator[tuple[str, Attention | FeedForward]]:
         """Every prunable sub-layer by the name of its gate."""
@@ -306,3 +366,23 @@ def _gated_cross(prefix: str, layer: BertLayer) -> Iterator[tuple[str, Attention
     yield f"{prefix}.self_heads", layer.attention
     yield f"{prefix}.cross_heads", layer.cross_attention
     yield f"{prefix}.ffn", layer.ffn
+
+
+def _head(name: str, config: ModelConfig) -> nn.Module:
+    """A module that stands beside the encoders, by its name in `HEADS`."""
+    text, width = config.text, config.text.width
+    if name == "decoder":
+        assert config.decoder is not None  # the configuration checks it
+        return AnswerDecoder(config.decoder, text)
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "image_projection": lambda: FeatureProjection(config.vision.width, config.embed_dim),
+        "text_projection": lambda: FeatureProjection(width, config.embed_dim),
+        "contrastive": ContrastiveTemperature,
+        "itm_head": lambda: MlpHead(width, 2),
+        "bbox_head": lambda: MlpHead(width, 4),
+        "mlm_head": lambda: TokenHead(width, text.vocab_size, text.norm_eps),
+        "lm_head": lambda: TokenHead(width, text.vocab_size, text.norm_eps),
+        "cls_head": lambda: MlpHead(width, 2),
+        "ta_head": lambda: nn.Linear(width, 3),
+    }
+    return makers[name]()

@@ -235,7 +235,7 @@ def _loader(
         max_fault_rate=data.max_fault_rate,
         region=data.region,
         limit=0 if train else config.eval.samples,
-        pin_memory=dist.device.type == "cuda",
+        device=dist.device,
         quarantine=Path(config.out) / f"quarantine_{dist.rank:04d}.jsonl" if train else None,
         remote=remote_options(data.remote),
     )

@@ -50,6 +50,9 @@ class RegionConfig:
     Attributes:
         images, rows: per rank and micro-batch.   global_images, global_rows: over all ranks; given
             together, they replace `images` and `rows`.
+        unit_images: rows are drawn within units of so many neighbouring images, of which a rank
+            takes whole ones, so that the global batch is the same on any number of ranks; 0 takes
+            the smallest of at least 6 that fits.
     """
 
     probability: float = 0.0
@@ -57,6 +60,7 @@ class RegionConfig:
     rows: int = 128
     global_images: int | None = None
     global_rows: int | None = None
+    unit_images: int = 0
     max_regions: int = 5
     min_fraction_in_crop: float = 0.5
 

@@ -122,6 +122,7 @@ def _verbs() -> dict[str, _Verb]:
             "latency, throughput, memory, parameters", _room("train.evaluation.commands")
         ),
         "predict": _Verb("answer a question about an image", _room("train.evaluation.commands")),
+        "convert": _Verb("checkpoints of X-VLM, CLIP, BERT and timm", _room("train.convert")),
         "export": _Verb("write a model to ship", _room("train.export.commands")),
         "report": _Verb("one page comparing runs", _room("train.export.commands")),
         "doctor": _Verb("what this machine has and lacks", _room("train.doctor")),

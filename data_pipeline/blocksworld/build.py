@@ -27,7 +27,7 @@ from data_pipeline.blocksworld.questions import ANSWERS, DEFAULT_MIX, TYPES, que
 from data_pipeline.blocksworld.render import encode, render
 from data_pipeline.blocksworld.scenes import COLOURS, SHAPES, SPLITS, Scene, draw_scene
 from data_pipeline.blocksworld.vocabulary import vocabulary, write_tokenizer
-from data_pipeline.index import write_manifest
+from data_pipeline.manifest import write_manifest
 from data_pipeline.shards import clear_shards, dump_json, progress, write_shard
 
 __all__ = ["GRAMMAR_VERSION", "TASKS", "build_blocksworld", "load_digests"]

@@ -1,166 +1,274 @@
-"""COCO captions: the official annotation JSON and a folder of images, to shards.
+"""COCO: captions, instances and Karpathy's splits, as published (cocodataset.org), to shards.
 
-Format: {"images": [{"id", "file_name", ...}], "annotations": [{"image_id", "caption", ...}]}, as in
-captions_train2017.json (cocodataset.org). Image bytes are kept as they are unless `max_side` asks
-for smaller ones: reading is then about twice as fast, because decoding is most of its cost.
+Captions come from captions_{train,val}{2014,2017}.json, or from Karpathy's dataset_coco.json, which
+holds them together with the splits of retrieval and captioning. instances_*.json adds a region for
+each object: its category's name and its box. Boxes of crowds cover many objects and are left out.
 """
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from data_pipeline.importers.common import Counts, ImportItem, PictureFinder, run_import
+from data_pipeline.importers.json_stream import read_lists
+from data_pipeline.shards import dump_json
 
-from data_pipeline.decode import decode_image
-from data_pipeline.faults import SkipSample
-from data_pipeline.shards import ShardSet, clear_shards, dump_json, progress
-
-__all__ = ["COCO_TASKS", "build_coco_captions", "read_annotations"]
+__all__ = [
+    "COCO_TASKS",
+    "CocoImage",
+    "Instances",
+    "build_coco_captions",
+    "read_captions",
+    "read_instances",
+    "read_karpathy",
+]
 
 COCO_TASKS = ("pretrain", "captioning", "retrieval")
+_KARPATHY_SPLITS = ("train", "restval", "val", "test")
 
 
-def read_annotations(file: Path) -> list[tuple[str, str, list[str]]]:
-    """(image id, file name, captions) of every image with a caption, in the file's order.
+@dataclass
+class CocoImage:
+    """One image. `names`: of its file, the likeliest first. `size`: (width, height) if known."""
+
+    number: int
+    names: tuple[str, ...]
+    size: tuple[int, int] | None = None
+    captions: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Instances:
+    """Region elements by image id, the frame of their boxes, and the number of crowds left out."""
+
+    elems: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    crowds: int = 0
+
+
+def _clean(caption: Any) -> str:
+    return " ".join(str(caption).split())
+
+
+def _size(entry: dict[str, Any]) -> tuple[int, int] | None:
+    width, height = entry.get("width"), entry.get("height")
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else None
+
+
+def read_captions(file: Path) -> tuple[list[CocoImage], Counter[str]]:
+    """(every image with a caption, in the file's order; what was left out) of captions_*.json.
 
     Raises: FileNotFoundError, or ValueError naming the key that is wrong.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such captions file")
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: not a COCO captions file: expected an object with 'images'")
-    for name in ("images", "annotations"):
-        if not isinstance(content.get(name), list):
-            raise ValueError(f"{file}: key '{name}' must be a list (COCO captions format)")
-    captions: dict[Any, list[str]] = {}
-    names: dict[Any, str] = {}
-    for place, entry in enumerate(content["images"]):
+    images: dict[int, CocoImage] = {}
+    captions: dict[int, list[str]] = {}
+    left_out: Counter[str] = Counter()
+
+    def image(place: int, entry: Any) -> None:
         try:
-            names[entry["id"]] = str(entry["file_name"])
-        except (TypeError, KeyError):
+            number = int(entry["id"])
+            found = CocoImage(number, (str(entry["file_name"]),), _size(entry))
+        except (TypeError, KeyError, ValueError):
             raise ValueError(f"{file}: images[{place}] needs 'id' and 'file_name'") from None
-    for place, entry in enumerate(content["annotations"]):
+        if number in images:
+            raise ValueError(f"{file}: images[{place}]: id {number} occurs twice")
+        images[number] = found
+
+    def annotation(place: int, entry: Any) -> None:
         try:
-            image, caption = entry["image_id"], entry["caption"]
-        except (TypeError, KeyError):
+            number, text = int(entry["image_id"]), _clean(entry["caption"])
+        except (TypeError, KeyError, ValueError):
             raise ValueError(
                 f"{file}: annotations[{place}] needs 'image_id' and 'caption'"
             ) from None
-        if image not in names:
-            raise ValueError(f"{file}: annotations[{place}]: image_id {image} is not in 'images'")
-        text = " ".join(str(caption).split())
+        known = captions.setdefault(number, [])
         if text:
-            captions.setdefault(image, []).append(text)
-    if not captions:
+            known.append(text)
+        else:
+            left_out["captions_empty"] += 1
+
+    read_lists(file, {"images": image, "annotations": annotation})
+    for number, texts in captions.items():
+        if number not in images:
+            raise ValueError(f"{file}: an annotation's image_id {number} is not in 'images'")
+        images[number].captions = texts
+    found = [image for image in images.values() if image.captions]
+    left_out["images_without_caption"] = len(images) - len(found)
+    if not found:
         raise ValueError(f"{file}: no captions in 'annotations'")
-    return [(str(i), name, captions[i]) for i, name in names.items() if i in captions]
+    return found, left_out
 
 
-def _image(path: Path, max_side: int) -> tuple[str, bytes, int, int]:
-    """(extension, bytes, width, height), decoded once to be sure that it can be."""
-    raw = path.read_bytes()
-    picture = decode_image(raw)
-    height, width = picture.shape[:2]
-    kind = "png" if raw[:4] == b"\x89PNG" else "jpg"
-    if not max_side or max(width, height) <= max_side:
-        return kind, raw, width, height
-    scale = max_side / max(width, height)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    buffer = io.BytesIO()
-    Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=92)
-    return "jpg", buffer.getvalue(), *size
+def read_karpathy(file: Path, splits: Sequence[str]) -> tuple[list[CocoImage], Counter[str]]:
+    """The same from Karpathy's dataset_coco.json, of some of its splits.
 
+    Raises: FileNotFoundError, or ValueError naming the key that is wrong.
+    """
+    unknown = sorted(set(splits) - set(_KARPATHY_SPLITS))
+    if unknown or not splits:
+        raise ValueError(
+            f"{file} has the splits {', '.join(_KARPATHY_SPLITS)}, not {', '.join(unknown)}; "
+            "choose with --karpathy-splits (customary for training: train,restval)"
+        )
+    images: list[CocoImage] = []
+    left_out: Counter[str] = Counter()
 
-def _record(task: str, image: str, captions: list[str], width: int, height: int) -> dict[str, Any]:
-    record: dict[str, Any] = {"image_id": image, "captions": captions}
-    if task == "pretrain":
-        record |= {"elems": [], "width": width, "height": height}
-    return record
-
-
-def _checked(
-    rows: list[tuple[str, str, list[str]]], images: Path, max_side: int, skip_bad: bool
-) -> Iterator[tuple[str, list[str], tuple[str, bytes, int, int] | None]]:
-    """Rows with their image; None for a bad one that is skipped."""
-    for image, name, captions in rows:
-        path = images / name
-        if not path.resolve().is_relative_to(images.resolve()):
-            raise ValueError(f"file_name {name!r} leads out of {images}: refused")
+    def image(place: int, entry: Any) -> None:
         try:
-            yield image, captions, _image(path, max_side)
-        except (FileNotFoundError, SkipSample) as error:
-            why = error.reason if isinstance(error, SkipSample) else "no such image"
-            if not skip_bad:
+            split, number = entry["split"], int(entry["cocoid"])
+            name, folder = str(entry["filename"]), str(entry["filepath"])
+            texts = [_clean(sentence["raw"]) for sentence in entry["sentences"]]
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{file}: images[{place}] needs 'split', 'cocoid', 'filepath', 'filename' and "
+                f"'sentences' with 'raw' ({error!r})"
+            ) from None
+        if split not in splits:
+            return
+        captions = [text for text in texts if text]
+        left_out["captions_empty"] += len(texts) - len(captions)
+        if not captions:
+            left_out["images_without_caption"] += 1
+            return
+        # The same pictures were published again in 2017, under other names.
+        names = (f"{folder}/{name}", name, f"{number:012d}.jpg")
+        images.append(CocoImage(number, names, None, captions))
+
+    read_lists(file, {"images": image})
+    if not images:
+        raise ValueError(f"{file}: no image of the splits {', '.join(splits)}")
+    return images, left_out
+
+
+def read_instances(files: Sequence[Path]) -> Instances:
+    """Region elements of instances_*.json: category name and box of each object that is no crowd.
+
+    Raises: FileNotFoundError, or ValueError naming the key that is wrong.
+    """
+    found = Instances()
+    for file in files:
+        objects: list[tuple[int, Any, Any]] = []
+        categories: dict[Any, str] = {}
+
+        def image(place: int, entry: Any, file: Path = file) -> None:
+            try:
+                found.sizes[entry["id"]] = (int(entry["width"]), int(entry["height"]))
+            except (TypeError, KeyError, ValueError):
                 raise ValueError(
-                    f"{path}: {why} (image_id {image}). Add or repair it, or use --skip-bad to "
-                    "leave such images out"
+                    f"{file}: images[{place}] needs 'id', 'width' and 'height'"
                 ) from None
-            yield image, captions, None
+
+        def category(
+            place: int, entry: Any, file: Path = file, known: dict[Any, str] = categories
+        ) -> None:
+            try:
+                known[entry["id"]] = _clean(entry["name"])
+            except (TypeError, KeyError):
+                raise ValueError(f"{file}: categories[{place}] needs 'id' and 'name'") from None
+
+        def annotation(
+            place: int, entry: Any, file: Path = file, rows: list[tuple[int, Any, Any]] = objects
+        ) -> None:
+            try:
+                row = (entry["image_id"], entry["category_id"], entry["bbox"])
+                crowd = entry.get("iscrowd", 0)
+            except (AttributeError, TypeError, KeyError):
+                raise ValueError(
+                    f"{file}: annotations[{place}] needs 'image_id', 'category_id' and 'bbox'"
+                ) from None
+            if crowd:
+                found.crowds += 1
+            else:
+                rows.append(row)
+
+        read_lists(file, {"images": image, "annotations": annotation, "categories": category})
+        for number, kind, box in objects:
+            if kind not in categories:
+                raise ValueError(f"{file}: category_id {kind} is not in 'categories'")
+            if number not in found.sizes:
+                raise ValueError(f"{file}: an annotation's image_id {number} is not in 'images'")
+            elem = {"caption": categories[kind], "bb": box}
+            found.elems.setdefault(number, []).append(elem)
+    return found
+
+
+def _items(
+    images: Sequence[CocoImage], finder: PictureFinder, task: str, split: str, known: Instances
+) -> list[ImportItem]:
+    items = []
+    for image in images:
+        record: dict[str, Any] = {"image_id": f"coco-{image.number}", "captions": image.captions}
+        if task == "pretrain":
+            size = known.sizes.get(image.number, image.size) or (None, None)
+            elems = known.elems.get(image.number, [])
+            record |= {"elems": elems, "width": size[0], "height": size[1]}
+        picture = finder.find(*image.names)
+        items.append(ImportItem(f"coco-{split}-{image.number}", (picture,), dump_json(record)))
+    return items
 
 
 def build_coco_captions(
-    captions: Path,
-    images: Path,
+    captions: Path | None,
+    images: Sequence[Path],
     out: Path,
     *,
-    tasks: tuple[str, ...] = ("pretrain",),
+    tasks: Sequence[str] = ("pretrain",),
     split: str = "train",
+    instances: Sequence[Path] = (),
+    karpathy: Path | None = None,
+    karpathy_splits: Sequence[str] = (),
     max_side: int = 0,
     per_shard: int = 1000,
+    processes: int | None = None,
     skip_bad: bool = False,
-) -> dict[str, int]:
-    """Write OUT/TASK/SPLIT shards, indexes and manifests; return {"images", "captions", "skipped"}.
+) -> dict[str, Counts]:
+    """Writes OUT/TASK/SPLIT for each task and returns their counts.
 
     Args:
-        captions: captions_*.json.   images: the folder that `file_name` is relative to.
-        max_side: longest side in pixels of larger images, which are scaled down (0: keep all).
-        skip_bad: leave out images that are missing or cannot be decoded, and count them.
+        captions, karpathy: captions_*.json or dataset_coco.json, one of the two.
+        images: folders and zips of the pictures.
+        instances: instances_*.json, for regions (task pretrain).
+        karpathy_splits: which of Karpathy's splits (default: the one called `split`).
+        max_side ... skip_bad: as for `run_import`.
 
     Raises: ValueError / FileNotFoundError naming file and remedy.
     """
     unknown = sorted(set(tasks) - set(COCO_TASKS))
     if unknown or not tasks:
         raise ValueError(f"--tasks {unknown}: COCO captions serve {', '.join(COCO_TASKS)}")
-    if not split or any(mark in split for mark in "./\\"):
-        raise ValueError(f"--split {split!r}: use a plain name such as train, val or test")
-    if not images.is_dir():
-        raise FileNotFoundError(f"{images}: no such image folder")
-    rows = read_annotations(captions)
-    folders = {task: out / task / split for task in tasks}
-    for folder in folders.values():
-        if (folder / "manifest.json").exists():
-            raise ValueError(f"{folder} already holds shards; give another --out or remove it")
-        clear_shards(folder)
-    counts = {"images": 0, "captions": 0, "skipped": 0}
-    sets = {task: ShardSet(folder, per_shard) for task, folder in folders.items()}
-    try:
-        checked = _checked(rows, images, max_side, skip_bad)
-        for image, said, found in progress(checked, len(rows), "coco-captions", "images"):
-            if found is None:
-                counts["skipped"] += 1
-                continue
-            kind, raw, width, height = found
-            counts["images"] += 1
-            counts["captions"] += len(said)
-            for task, shards in sets.items():
-                content = dump_json(_record(task, image, said, width, height))
-                shards.write(f"coco-{split}-{image}", {kind: raw, "json": content})
-    except BaseException as error:
-        for shards in sets.values():
-            shards.__exit__(type(error), error, None)
-        raise
-    if not counts["images"]:
-        raise ValueError(f"{images}: none of the {len(rows)} images can be used")
-    for task, shards in sets.items():
-        shards.__exit__(None, None, None)
-        extra = {"source": "coco-captions", "max_side": max_side, "skipped": counts["skipped"]}
-        shards.manifest(task, split, extra)
+    if instances and "pretrain" not in tasks:
+        raise ValueError("--instances adds regions to the task pretrain, which --tasks leaves out")
+    finder = PictureFinder(images)
+    chosen = tuple(karpathy_splits) or (split,)
+    if captions is not None and karpathy is None:
+        rows, left_out = read_captions(captions)
+        inputs, settings = [captions], {}
+    elif karpathy is not None and captions is None:
+        rows, left_out = read_karpathy(karpathy, chosen)
+        inputs, settings = [karpathy], {"karpathy_splits": chosen}
+    else:
+        raise ValueError("give either --captions FILE or --karpathy FILE")
+    counts = {}
+    known = read_instances(instances)
+    for task in tasks:
+        pretrain = task == "pretrain"
+        crowds = {"regions_of_crowds_left_out": known.crowds} if pretrain else {}
+        counts[task] = run_import(
+            "coco-captions",
+            _items(rows, finder, task, split, known),
+            out,
+            task=task,
+            split=split,
+            settings=settings,
+            inputs=[*inputs, *instances] if pretrain else inputs,
+            max_side=max_side,
+            per_shard=per_shard,
+            processes=processes,
+            skip_bad=skip_bad,
+            left_out=left_out | Counter(crowds),
+        )
     return counts

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from models.checkpoints.conversion import ConversionReport, load_converted
+from models.checkpoints.conversion import (
+    ConversionReport,
+    check_tied,
+    load_converted,
+    matches,
+    spread,
+)
+from models.config import TextConfig
 from models.initialise import default_map
 from models.xvlm import XVLM
 
-__all__ = ["from_bert", "load"]
+__all__ = ["config_of", "from_bert", "load", "sizes_of"]
 
 _NAMES = {
     "embeddings.word_embeddings": "text.embeddings.word",
@@ -41,38 +49,136 @@ _IGNORED = re.compile(
     r"pooler\..*|cls\.seq_relationship\..*|.*position_ids|cls\.predictions\.decoder\..*"
 )
 _KINDS = {"gamma": "weight", "beta": "bias"}
+_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+_WORD = "embeddings.word_embeddings.weight"
+_HEAD = "cls.predictions"
 
 
 def from_bert(
-    state: Mapping[str, Tensor], layer_map: Sequence[int]
+    state: Mapping[str, Tensor], layer_map: Sequence[int], where: str = "BERT checkpoint"
 ) -> tuple[dict[str, Tensor], ConversionReport]:
     """Renames a BERT state dict to our keys.
 
     Args:
         layer_map: BERT layer of each of our layers, text and fusion in one list. A BERT layer may
             be taken more than once; layers that are not taken are reported as ignored.
+
+    Raises:
+        ValueError: when the output layer is not tied to the word embeddings.
     """
     report, converted = ConversionReport(), {}
+    plain = {key.removeprefix("bert."): value for key, value in state.items()}
+    check_tied(plain, f"{_HEAD}.decoder.weight", _WORD, where)
+    check_tied(plain, f"{_HEAD}.decoder.bias", f"{_HEAD}.bias", where)
     for key, value in state.items():
-        name, _, kind = key.removeprefix("bert.").rpartition(".")
-        kind = _KINDS.get(kind, kind)
-        match = _LAYER_KEY.fullmatch(name)
-        if name in _NAMES and not _IGNORED.fullmatch(key):
-            targets = [f"{_NAMES[name]}.{kind}"]
-        elif match is not None and match[2] in _LAYER:
-            taken = [ours for ours, theirs in enumerate(layer_map) if theirs == int(match[1])]
-            targets = [f"text.layers.{ours}.{_LAYER[match[2]]}.{kind}" for ours in taken]
-            if not taken:
-                report.ignored.append(key)
-                continue
-        else:
-            ignored = _IGNORED.fullmatch(key.removeprefix("bert."))
-            (report.ignored if ignored else report.unexpected).append(key)
-            continue
-        for target in targets:
+        targets = _targets(key.removeprefix("bert."), layer_map, f"{_HEAD}.bias" in plain)
+        if targets is None:
+            report.unexpected.append(key)
+        elif not targets:
+            report.ignored.append(key)
+        for target in targets or ():
             converted[target] = value
-            report.renamed[key] = target
+            report.took(key, target)
     return converted, report
+
+
+def _targets(key: str, layer_map: Sequence[int], has_bias: bool) -> list[str] | None:
+    """Our keys of a BERT key, none for one that is left out on purpose; None for a foreign key."""
+    if key == f"{_HEAD}.decoder.bias" and not has_bias:  # files that store a shared tensor once
+        return ["mlm_head.bias"]
+    if _IGNORED.fullmatch(key):
+        return []
+    name, _, kind = key.rpartition(".")
+    kind = _KINDS.get(kind, kind)
+    if name in _NAMES:
+        return [f"{_NAMES[name]}.{kind}"]
+    match = _LAYER_KEY.fullmatch(name)
+    if match is None or match[2] not in _LAYER:
+        return None
+    return [
+        f"text.layers.{ours}.{_LAYER[match[2]]}.{kind}" for ours in spread(layer_map, int(match[1]))
+    ]
+
+
+def _depth(state: Mapping[str, Tensor], where: str) -> int:
+    """The number of layers.
+
+    Raises:
+        ValueError: when there are none.
+    """
+    numbers = [
+        int(match[1])
+        for key in state
+        if (match := re.match(r"(?:bert\.)?encoder\.layer\.(\d+)\.", key))
+    ]
+    if not numbers:
+        raise ValueError(f"{where}: holds no BERT layers (encoder.layer.N...)")
+    return 1 + max(numbers)
+
+
+def config_of(
+    state: Mapping[str, Tensor], *, head_dim: int = 64, where: str = "BERT checkpoint"
+) -> TextConfig:
+    """The text configuration of a BERT state dict, its upper half as fusion layers.
+
+    Args:
+        head_dim: not visible in the weights (64 in every published BERT but the smallest).
+
+    Raises:
+        ValueError: when the state dict is not BERT's, or the width is not a multiple of `head_dim`.
+    """
+    layers = _depth(state, where)
+    plain = {key.removeprefix("bert."): value for key, value in state.items()}
+    shapes = {}
+    for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
+        key = f"embeddings.{name}.weight"
+        if key not in plain:
+            raise ValueError(f"{where}: {key} is missing; not the weights of a BERT")
+        shapes[name] = plain[key].shape
+    width = shapes["word_embeddings"][1]
+    if width % head_dim:
+        raise ValueError(
+            f"{where}: width {width} is not a multiple of head size {head_dim}; give text.head_dim"
+        )
+    units = [plain.get(f"encoder.layer.{index}.intermediate.dense.bias") for index in range(layers)]
+    heads = width // head_dim
+    return TextConfig(
+        vocab_size=shapes["word_embeddings"][0],
+        max_positions=shapes["position_embeddings"][0],
+        type_vocab_size=shapes["token_type_embeddings"][0],
+        width=width,
+        head_dim=head_dim,
+        text_layers=layers // 2,
+        heads=(heads,) * layers,
+        cross_heads=(heads,) * (layers - layers // 2),
+        ffn=tuple(4 * width if unit is None else unit.shape[0] for unit in units),
+    )
+
+
+def sizes_of(config: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
+    """What transformers' BertConfig says beyond the weights, as values of a `TextConfig`.
+
+    Raises:
+        ValueError: on a kind of BERT that the text stack is not.
+    """
+    if config.get("model_type") != "bert":
+        raise ValueError(f"{where}: model_type {config.get('model_type')!r}, expected 'bert'")
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        raise ValueError(f"{where}: position_embedding_type must be 'absolute'")
+    activation = config.get("hidden_act", "gelu")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"{where}: hidden_act {activation!r} is none of {sorted(_ACTIVATIONS)}")
+    values: dict[str, Any] = {"activation": _ACTIVATIONS[activation]}
+    if {"hidden_size", "num_attention_heads"} <= config.keys():
+        values["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    names = {
+        "layer_norm_eps": "norm_eps",
+        "hidden_dropout_prob": "dropout",
+        "attention_probs_dropout_prob": "attention_dropout",
+        "pad_token_id": "pad_id",
+        "initializer_range": "init_std",
+    }
+    return values | {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
 
 
 def load(
@@ -81,7 +187,7 @@ def load(
     layer_map: Sequence[int] | None = None,
     *,
     allow_missing: Iterable[str] = (),
-    allow_unexpected: bool = False,
+    allow_unexpected: bool | Iterable[str] = False,
     where: str = "BERT checkpoint",
 ) -> ConversionReport:
     """Loads BERT weights into a model's text and fusion stack, and its masked-token head if both
@@ -89,28 +195,29 @@ def load(
 
     Args:
         layer_map: as in `from_bert`; None spreads our layers over BERT's (1, 3, 5, ... for half).
+        allow_missing, allow_unexpected: keys, modules or globs, as in `load_converted`.
 
     Raises:
         ValueError: naming keys that are missing (unless allowed), misshapen or unexpected.
     """
-    depth = 1 + max(
-        (int(m[1]) for key in state if (m := re.match(r"(?:bert\.)?encoder\.layer\.(\d+)\.", key))),
-        default=-1,
-    )
-    if depth == 0:
-        raise ValueError(f"{where}: holds no BERT layers (encoder.layer.N...)")
-    layers = (
-        default_map(model.config.text.layers, depth, "layer") if layer_map is None else layer_map
-    )
-    converted, report = from_bert(state, layers)
+    depth, ours = _depth(state, where), model.config.text.layers
+    layers = default_map(ours, depth, "layer") if layer_map is None else layer_map
+    if len(layers) != ours or not all(0 <= index < depth for index in layers):
+        raise ValueError(
+            f"{where}: layer map {tuple(layers)} needs {ours} entries from 0 to {depth - 1}"
+        )
+    converted, report = from_bert(state, layers, where)
     has_head = "mlm_head.bias" in converted
     if model.config.form != "pretrain":
-        converted = {key: v for key, v in converted.items() if not key.startswith("mlm_head.")}
-    prefixes = tuple(allow_missing)
+        for key, targets in list(report.renamed.items()):
+            if targets[0].startswith("mlm_head."):
+                del converted[targets[0]], report.renamed[key]
+                report.ignored.append(key)
+    allowed = tuple(allow_missing)
 
     def may_be_missing(key: str) -> bool:
         foreign = not key.startswith(("text.", "mlm_head.")) or ".cross_" in key
-        return foreign or (key.startswith("mlm_head.") and not has_head) or key.startswith(prefixes)
+        return foreign or (key.startswith("mlm_head.") and not has_head) or matches(key, allowed)
 
     return load_converted(
         model,

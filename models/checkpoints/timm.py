@@ -45,7 +45,7 @@ def from_timm(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Conversio
     for key, value in state.items():
         for ours, tensor in _convert(key, value):
             converted[ours] = tensor
-            report.renamed[key] = ours
+            report.took(key, ours)
         if key not in report.renamed:
             (report.ignored if _IGNORED.fullmatch(key) else report.unexpected).append(key)
     return converted, report

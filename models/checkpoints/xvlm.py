@@ -1,7 +1,8 @@
 """Published X-VLM / EfficientVLM (CLIP variant) checkpoints: key names both ways, and their shape.
 
-Covers the pre-training form, the retrieval and grounding forms (the same without the masked-token
-head and without "bert." in the names) and the visual-question-answering form.
+Every form has its own names: pre-training (`text_encoder.bert.`), retrieval, grounding and NLVR2
+(`text_encoder.`, in NLVR2 with both copies of the shared keys and values), visual question
+answering (`text_encoder.` and `text_decoder.bert.`) and captioning (`text_decoder.bert.` alone).
 Source: https://github.com/zengyan-97/X-VLM and https://github.com/swaggy-TN/EfficientVLM.
 """
 
@@ -13,156 +14,171 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from models.checkpoints.conversion import ConversionReport, load_converted
-from models.config import DecoderConfig, ModelConfig, TextConfig, VisionConfig
-from models.vision import resize_positions
+from models.checkpoints.conversion import (
+    ConversionReport,
+    check_tied,
+    fit_positions,
+    grid_of,
+    load_converted,
+)
+from models.checkpoints.xvlm_names import names, rename, rules, text_prefix
+from models.config import HEADS, PAIRED, DecoderConfig, Form, ModelConfig, TextConfig, VisionConfig
 from models.xvlm import XVLM
 
-__all__ = ["config_of", "from_published", "load", "to_published"]
+__all__ = ["config_of", "form_of", "from_published", "load", "to_published"]
 
-# (published, ours); a layer number is written {i} on both sides
-_VISION = [
-    ("vision_encoder.class_embedding", "vision.embeddings.class_token"),
-    ("vision_encoder.patch_embed.{p}", "vision.embeddings.patch.proj.{p}"),
-    ("vision_encoder.pos_embed.weight", "vision.embeddings.position"),
-    ("vision_encoder.pre_layrnorm.{p}", "vision.embeddings.norm.{p}"),
-    ("vision_encoder.post_layernorm.{p}", "vision.norm.{p}"),
-    ("vision_encoder.encoder.layers.{i}.self_attn.q_proj.{p}", "vision.blocks.{i}.attention.q.{p}"),
-    ("vision_encoder.encoder.layers.{i}.self_attn.k_proj.{p}", "vision.blocks.{i}.attention.k.{p}"),
-    ("vision_encoder.encoder.layers.{i}.self_attn.v_proj.{p}", "vision.blocks.{i}.attention.v.{p}"),
-    (
-        "vision_encoder.encoder.layers.{i}.self_attn.out_proj.{p}",
-        "vision.blocks.{i}.attention.out.{p}",
-    ),
-    ("vision_encoder.encoder.layers.{i}.layer_norm1.{p}", "vision.blocks.{i}.norm1.{p}"),
-    ("vision_encoder.encoder.layers.{i}.layer_norm2.{p}", "vision.blocks.{i}.norm2.{p}"),
-    ("vision_encoder.encoder.layers.{i}.mlp.fc1.{p}", "vision.blocks.{i}.ffn.fc1.{p}"),
-    ("vision_encoder.encoder.layers.{i}.mlp.fc2.{p}", "vision.blocks.{i}.ffn.fc2.{p}"),
-]
-_LAYER = [
-    ("attention.self.query.{p}", "attention.q.{p}"),
-    ("attention.self.key.{p}", "attention.k.{p}"),
-    ("attention.self.value.{p}", "attention.v.{p}"),
-    ("attention.output.dense.{p}", "attention.out.{p}"),
-    ("attention.output.LayerNorm.{p}", "attention_norm.{p}"),
-    ("crossattention.self.query.{p}", "cross_attention.q.{p}"),
-    ("crossattention.self.key.{p}", "cross_attention.k.{p}"),
-    ("crossattention.self.value.{p}", "cross_attention.v.{p}"),
-    ("crossattention.output.dense.{p}", "cross_attention.out.{p}"),
-    ("crossattention.output.LayerNorm.{p}", "cross_norm.{p}"),
-    ("intermediate.dense.{p}", "ffn.fc1.{p}"),
-    ("output.dense.{p}", "ffn.fc2.{p}"),
-    ("output.LayerNorm.{p}", "ffn_norm.{p}"),
-]
-_EMBEDDINGS = [
-    ("word_embeddings.weight", "word.weight"),
-    ("position_embeddings.weight", "position.weight"),
-    ("token_type_embeddings.weight", "token_type.weight"),
-    ("LayerNorm.{p}", "norm.{p}"),
-]
-_TOKEN_HEAD = [
-    ("cls.predictions.bias", "bias"),
-    ("cls.predictions.transform.dense.{p}", "dense.{p}"),
-    ("cls.predictions.transform.LayerNorm.{p}", "norm.{p}"),
-]
-_HEADS = [
-    ("temp", "contrastive.value"),
-    ("vision_proj.{p}", "image_projection.linear.{p}"),
-    ("text_proj.{p}", "text_projection.linear.{p}"),
-    ("itm_head.0.{p}", "itm_head.linear.{p}"),
-    ("itm_head.1.{p}", "itm_head.norm.{p}"),
-    ("itm_head.3.{p}", "itm_head.output.{p}"),
-    ("bbox_head.0.{p}", "bbox_head.linear.{p}"),
-    ("bbox_head.1.{p}", "bbox_head.norm.{p}"),
-    ("bbox_head.3.{p}", "bbox_head.output.{p}"),
-]
-_IGNORED = re.compile(
-    r"(^|\.)(position_ids|cls\.predictions\.decoder\.(weight|bias))$|^l0_module\.|^(idx|image|text)_queue"
+_IGNORED = re.compile(r"(^|\.)position_ids$|^(idx|image|text)_queue")
+_TIED_COPY = re.compile(r"(text_(?:en|de)coder\.)cls\.predictions\.decoder\.(weight|bias)")
+_GATES = "l0_module."
+_SHARED = re.compile(
+    r"text_encoder\.encoder\.layer\.(\d+)\.(crossattention\.self\.(?:key|value).*)"
 )
 
 
-def _stack(published: str, ours: str) -> list[tuple[str, str]]:
-    """Names of one BERT stack."""
-    layers = [(f"{published}encoder.layer.{{i}}.{a}", f"{ours}layers.{{i}}.{b}") for a, b in _LAYER]
-    return [
-        (f"{published}embeddings.{a}", f"{ours}embeddings.{b}") for a, b in _EMBEDDINGS
-    ] + layers
+def form_of(state: Mapping[str, Tensor], where: str = "checkpoint") -> Form:
+    """Which published model a state dict belongs to, by the modules that it has.
 
+    Raises:
+        ValueError: when it is none of the CLIP variants of X-VLM.
+    """
 
-def _names(bert_prefix: str) -> list[tuple[str, str]]:
-    return [
-        *_VISION,
-        *_HEADS,
-        *_stack(f"text_encoder.{bert_prefix}", "text."),
-        *((f"text_encoder.{a}", f"mlm_head.{b}") for a, b in _TOKEN_HEAD),
-        *_stack("text_decoder.bert.", "decoder."),
-        *((f"text_decoder.{a}", f"decoder.head.{b}") for a, b in _TOKEN_HEAD),
+    def has(prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in state)
+
+    if has("vision_encoder.layers."):
+        raise ValueError(f"{where}: its vision encoder is a Swin transformer; only CLIP's ViT fits")
+    if has("vision_encoder.blocks."):
+        raise ValueError(f"{where}: its vision encoder is a DeiT; only X-VLM's CLIP variant fits")
+    if has("text_encoder.roberta.") or has("text_decoder.roberta."):
+        raise ValueError(f"{where}: its text encoder is a RoBERTa; only the BERT variant fits")
+    forms: list[tuple[bool, Form]] = [
+        (has("text_decoder.") and has("text_encoder."), "vqa"),
+        (has("text_decoder."), "captioning"),
+        (has("text_encoder.bert."), "pretrain"),
+        (has("cls_head."), "nlvr2"),
+        (has("ta_head."), "nlvr2_pretrain"),
+        (has("itm_head."), "retrieval"),
+        (has("bbox_head."), "grounding"),
     ]
-
-
-def _compile(names: Iterable[tuple[str, str]]) -> list[tuple[re.Pattern[str], str]]:
-    """Patterns on the first name with templates of the second."""
-    rules = []
-    for source, target in names:
-        pattern = re.escape(source).replace(r"\{i\}", r"(?P<i>\d+)")
-        rules.append((re.compile(pattern.replace(r"\{p\}", "(?P<p>weight|bias)")), target))
-    return rules
-
-
-def _rename(key: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
-    for pattern, target in rules:
-        match = pattern.fullmatch(key)
-        if match:
-            return target.format(**match.groupdict())
-    return None
+    for found, form in forms:
+        if found and has("vision_encoder."):
+            return form
+    raise ValueError(
+        f"{where}: not a checkpoint of X-VLM or EfficientVLM (vision_encoder..., text_encoder...)"
+    )
 
 
 def from_published(
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor], where: str = "checkpoint"
 ) -> tuple[dict[str, Tensor], ConversionReport]:
     """Renames a published state dict to our keys.
 
-    Index buffers, tied copies of the output weight, and pruning modules are left out (see
+    Index buffers, tied or shared copies, and pruning modules are left out (see
     `ConversionReport.ignored`); the 0-dim temperature becomes (1,).
+
+    Raises:
+        ValueError: on a state dict of another model, or copies that differ from their originals.
     """
-    with_bert = any(key.startswith("text_encoder.bert.") for key in state)
-    rules = _compile(_names("bert." if with_bert else ""))
+    form = form_of(state, where)
+    named = rules(names(form))
     report, converted = ConversionReport(), {}
+    shared = _shared_copies(state, form, where)
     for key, value in state.items():
-        ours = _rename(key, rules)
-        if ours is not None:
+        ours, tied = rename(key, named), _TIED_COPY.fullmatch(key)
+        if tied is not None:
+            ours = _tied(state, tied, form, where)
+        if key in shared or _IGNORED.search(key) or key.startswith(_GATES):
+            report.ignored.append(key)
+        elif ours is not None:
             converted[ours] = value.reshape(1) if value.ndim == 0 else value
-            report.renamed[key] = ours
-        elif _IGNORED.search(key):
+            report.took(key, ours)
+        elif tied is not None:
             report.ignored.append(key)
         else:
             report.unexpected.append(key)
+    gates = [key for key in report.ignored if key.startswith(_GATES)]
+    if gates:
+        report.notes.append(
+            f"{len(gates)} tensors of pruning gates ({_GATES}*) are left out: the weights are taken "
+            "as they are, nothing is pruned"
+        )
     return converted, report
 
 
-def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under published names, with the tied copies and index buffers they store.
+def _tied(state: Mapping[str, Tensor], match: re.Match[str], form: Form, where: str) -> str | None:
+    """Our key of a stored copy of the output layer where the original is missing, as in files that
+    store a shared tensor once; None when the copy can be left out. Raises ValueError when it differs.
+    """
+    key, original = match[0], f"{match[1]}cls.predictions.bias"
+    if match[2] == "weight":
+        stack = f"{match[1]}bert."
+        original = f"{stack}embeddings.word_embeddings.weight"
+    check_tied(state, key, original, where)
+    if original in state:
+        return None
+    return rename(original, rules(names(form)))
+
+
+def _shared_copies(state: Mapping[str, Tensor], form: Form, where: str) -> set[str]:
+    """Keys and values of the second layer of each pair: the first holds the same.
 
     Raises:
-        ValueError: on a key that the published code has no name for.
+        ValueError: when the two of a pair differ.
     """
-    form_vqa = any(key.startswith("decoder.") for key in state)
-    rules = _compile((ours, published) for published, ours in _names("" if form_vqa else "bert."))
+    if form not in PAIRED:
+        return set()
+    layers = {int(m[1]) for key in state if (m := _SHARED.fullmatch(key))}
+    copies = set()
+    for key in state:
+        match = _SHARED.fullmatch(key)
+        if match and (int(match[1]) - min(layers)) % 2:
+            first = f"text_encoder.encoder.layer.{int(match[1]) - 1}.{match[2]}"
+            check_tied(state, key, first, where)
+            if first in state:
+                copies.add(key)
+    return copies
+
+
+def _form_of_ours(state: Mapping[str, Tensor]) -> Form:
+    modules = {key.split(".", 1)[0] for key in state} - {"vision", "text"}
+    for form, heads in HEADS.items():
+        if modules == set(heads):
+            return form
+    raise ValueError(
+        f"a model with the modules {', '.join(sorted(modules)) or '(none)'} beside its encoders has "
+        "no name in the published format"
+    )
+
+
+def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict under published names, with the copies and index buffers that they store.
+
+    Raises:
+        ValueError: on modules or keys that the published code has no name for.
+    """
+    form = _form_of_ours(state)
+    named = rules((ours, published) for published, ours in names(form))
     result: dict[str, Tensor] = {}
     for key, value in state.items():
-        published = _rename(key, rules)
+        published = rename(key, named)
         if published is None:
             raise ValueError(f"{key} has no name in the published format (a pruned or other model)")
         result[published] = value.reshape(()) if published == "temp" else value
+        match = _SHARED.fullmatch(published)
+        if form in PAIRED and match:
+            result[f"text_encoder.encoder.layer.{int(match[1]) + 1}.{match[2]}"] = value
+    for key in ("vision.embeddings.class_token", "vision.embeddings.norm.weight"):
+        if key not in state:
+            raise ValueError(f"the published format needs CLIP's ViT; the model has no {key}")
     result["vision_encoder.position_ids"] = _index(state["vision.embeddings.position"])
-    text = "text_encoder." if form_vqa else "text_encoder.bert."
+    text = text_prefix(form)
     result[f"{text}embeddings.position_ids"] = _index(state["text.embeddings.position.weight"])
-    if form_vqa:
+    if form == "vqa":
         positions = state["decoder.embeddings.position.weight"]
         result["text_decoder.bert.embeddings.position_ids"] = _index(positions)
         _tie(result, "text_decoder.", state["decoder.embeddings.word.weight"])
-    elif "mlm_head.bias" in state:
-        _tie(result, "text_encoder.", state["text.embeddings.word.weight"])
+    elif form in ("pretrain", "captioning"):
+        _tie(result, text.removesuffix("bert."), state["text.embeddings.word.weight"])
     return result
 
 
@@ -176,46 +192,50 @@ def _tie(result: dict[str, Tensor], prefix: str, word: Tensor) -> None:
 
 
 def config_of(
-    state: Mapping[str, Tensor], *, head_dim: int = 64, region_layers: int | None = None
+    state: Mapping[str, Tensor],
+    *,
+    head_dim: int = 64,
+    vision_head_dim: int | None = None,
+    region_layers: int | None = None,
+    where: str = "checkpoint",
 ) -> ModelConfig:
     """The configuration that a published state dict belongs to, read off its shapes.
 
     Args:
         head_dim: not visible in the weights (64 in every published model).
+        vision_head_dim: of the vision encoder; None is `head_dim`.
         region_layers: not visible either; None takes a third of the layers, as published.
+
+    Raises:
+        ValueError: naming a key that is missing or sizes that do not go together.
     """
-    ours, _ = from_published(state)
-    vision_ffn = _widths(ours, "vision.blocks.{}.ffn.fc1.bias")
+    ours, _ = from_published(state, where)
+    for key in (
+        "vision.embeddings.patch.proj.weight",
+        "vision.embeddings.position",
+        "text.embeddings.word.weight",
+        "text.embeddings.position.weight",
+        "text.embeddings.token_type.weight",
+    ):
+        if key not in ours:
+            raise ValueError(f"{where}: nothing in it gives {key}, which the sizes are read from")
+    word, form = ours["text.embeddings.word.weight"], form_of(state, where)
+    vision = _vision_of(ours, vision_head_dim or head_dim, region_layers, where)
     text_ffn = _widths(ours, "text.layers.{}.ffn.fc1.bias")
-    cross = [w // head_dim for w in _widths(ours, "text.layers.{}.cross_attention.q.bias")]
-    patch = ours["vision.embeddings.patch.proj.weight"]
-    grid = round((ours["vision.embeddings.position"].shape[0] - 1) ** 0.5)
-    word = ours["text.embeddings.word.weight"]
-    heads = [w // head_dim for w in _widths(ours, "text.layers.{}.attention.q.bias")]
-    decoder_ffn = _widths(ours, "decoder.layers.{}.ffn.fc1.bias")
+    cross = _heads(ours, "text.layers.{}.cross_attention.q.bias", head_dim, where)
     decoder = None
-    if decoder_ffn:
-        own = _widths(ours, "decoder.layers.{}.attention.q.bias")
-        other = _widths(ours, "decoder.layers.{}.cross_attention.q.bias")
+    if form == "vqa":
         decoder = DecoderConfig(
-            heads=tuple(w // head_dim for w in own),
-            cross_heads=tuple(w // head_dim for w in other),
-            ffn=tuple(decoder_ffn),
+            heads=_heads(ours, "decoder.layers.{}.attention.q.bias", head_dim, where),
+            cross_heads=_heads(ours, "decoder.layers.{}.cross_attention.q.bias", head_dim, where),
+            ffn=tuple(_widths(ours, "decoder.layers.{}.ffn.fc1.bias")),
         )
     projection = ours.get("image_projection.linear.bias")
     return ModelConfig(
-        form="vqa" if decoder else "pretrain",
+        form=form,
         embed_dim=256 if projection is None else projection.shape[0],
         decoder=decoder,
-        vision=VisionConfig(
-            image_size=grid * patch.shape[-1],
-            patch_size=patch.shape[-1],
-            width=patch.shape[0],
-            head_dim=head_dim,
-            heads=tuple(w // head_dim for w in _widths(ours, "vision.blocks.{}.attention.q.bias")),
-            ffn=tuple(vision_ffn),
-            region_layers=len(vision_ffn) // 3 if region_layers is None else region_layers,
-        ),
+        vision=vision,
         text=TextConfig(
             vocab_size=word.shape[0],
             max_positions=ours["text.embeddings.position.weight"].shape[0],
@@ -223,10 +243,28 @@ def config_of(
             width=word.shape[1],
             head_dim=head_dim,
             text_layers=len(text_ffn) - len(cross),
-            heads=tuple(heads),
-            cross_heads=tuple(cross),
+            heads=_heads(ours, "text.layers.{}.attention.q.bias", head_dim, where),
+            cross_heads=cross,
+            pair_heads=cross[::2] if form in PAIRED else None,
             ffn=tuple(text_ffn),
         ),
+    )
+
+
+def _vision_of(
+    ours: Mapping[str, Tensor], head_dim: int, region_layers: int | None, where: str
+) -> VisionConfig:
+    ffn = _widths(ours, "vision.blocks.{}.ffn.fc1.bias")
+    patch = ours["vision.embeddings.patch.proj.weight"]
+    grid = grid_of(ours["vision.embeddings.position"], where)
+    return VisionConfig(
+        image_size=grid * patch.shape[-1],
+        patch_size=patch.shape[-1],
+        width=patch.shape[0],
+        head_dim=head_dim,
+        heads=_heads(ours, "vision.blocks.{}.attention.q.bias", head_dim, where),
+        ffn=tuple(ffn),
+        region_layers=len(ffn) // 3 if region_layers is None else region_layers,
     )
 
 
@@ -237,25 +275,41 @@ def _widths(state: Mapping[str, Tensor], template: str) -> list[int]:
     return [found[index] for index in sorted(found)]
 
 
+def _heads(
+    state: Mapping[str, Tensor], template: str, head_dim: int, where: str
+) -> tuple[int, ...]:
+    widths = _widths(state, template)
+    if any(width % head_dim for width in widths):
+        raise ValueError(
+            f"{where}: attention widths {sorted(set(widths))} are not multiples of head size "
+            f"{head_dim}; give vision.head_dim and text.head_dim"
+        )
+    return tuple(width // head_dim for width in widths)
+
+
 def load(
     model: XVLM,
     state: Mapping[str, Tensor],
     *,
     allow_missing: Iterable[str] = (),
-    allow_unexpected: bool = False,
+    allow_unexpected: bool | Iterable[str] = False,
     where: str = "checkpoint",
 ) -> ConversionReport:
-    """Loads published weights into a model; positions are resampled to the model's image size.
+    """Loads published weights into a model of their form; positions are resampled to the model's
+    image size.
+
+    Args:
+        allow_missing, allow_unexpected: keys, modules or globs, as in `load_converted`.
 
     Raises:
-        ValueError: naming keys that are missing (unless allowed), misshapen or unexpected.
+        ValueError: naming keys that are missing (unless allowed), misshapen or unexpected, or when
+            the file is of another form.
     """
-    converted, report = from_published(state)
-    key = "vision.embeddings.position"
-    vision = model.config.vision
-    if key in converted and converted[key].shape[0] != vision.tokens:
-        converted[key] = resize_positions(converted[key], vision.image_size // vision.patch_size)
-        report.resized.append(key)
+    form = form_of(state, where)
+    if form != model.config.form:
+        raise ValueError(f"{where}: holds form {form!r}, the model is {model.config.form!r}")
+    converted, report = from_published(state, where)
+    fit_positions(converted, report, "vision.embeddings.position", model.config.vision, where)
     return load_converted(
         model,
         converted,

@@ -103,14 +103,14 @@ def _drop(state: dict[str, Tensor], prefix: str, names: Collection[str]) -> None
 def _cut_attention(state: dict[str, Tensor], prefix: str, head_dim: int, z: Tensor) -> None:
     """z (H,): rows of q, k, v and columns of out; a soft gate goes into the columns of out."""
     kept = z.nonzero().flatten()
+    inputs = [f"{x}.{y}" for x in "qkv" for y in ("weight", "bias")]
+    inputs = [name for name in inputs if f"{prefix}.{name}" in state]  # some have no biases
     if not len(kept):  # the output bias remains
-        _drop(state, prefix, [f"{x}.{y}" for x in "qkv" for y in ("weight", "bias")])
-        _drop(state, prefix, ["out.weight"])
+        _drop(state, prefix, [*inputs, "out.weight"])
         return
     entries = (kept[:, None] * head_dim + torch.arange(head_dim)).flatten()
-    for name in "qkv":
-        _cut(state, f"{prefix}.{name}.weight", 0, entries, None)
-        _cut(state, f"{prefix}.{name}.bias", 0, entries, None)
+    for name in inputs:
+        _cut(state, f"{prefix}.{name}", 0, entries, None)
     _cut(state, f"{prefix}.out.weight", 1, entries, _soft(z[kept].repeat_interleave(head_dim)))
 
 

@@ -50,7 +50,9 @@ def loaders(args: argparse.Namespace, rank: int, ranks: int, workers: int) -> tu
         SourceConfig(path=str(args.folder / "one" / "pretrain" / "train"), weight=2.0),
         SourceConfig(path=str(args.folder / "two" / "pretrain" / "train"), weight=1.0),
     ]
-    region = RegionConfig(images=REGION_IMAGES // ranks, rows=REGION_ROWS // ranks, max_regions=4)
+    region = RegionConfig(
+        images=REGION_IMAGES // ranks, rows=REGION_ROWS // ranks, max_regions=4, unit_images=2
+    )
     common = {
         "tokenizer": tokenizer, "rank": rank, "world_size": ranks, "seed": 9, "train": True,
         "image_size": 24, "patch_size": 8, "max_tokens": 12, "block": 4, "window_blocks": 3,

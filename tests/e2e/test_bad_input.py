@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.blocksworld.build import build_blocksworld
-from data_pipeline.index import build_index, write_manifest
+from data_pipeline.index import build_index
+from data_pipeline.manifest import write_manifest
 from train.main import main
 
 

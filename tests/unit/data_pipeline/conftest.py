@@ -13,7 +13,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from data_pipeline.index import write_manifest
+from data_pipeline.manifest import write_manifest
 
 WORDS = [
     "what",

@@ -13,7 +13,8 @@ from data_pipeline.blocksworld.build import TASKS, build_blocksworld, load_diges
 from data_pipeline.blocksworld.questions import ANSWERS, TYPES
 from data_pipeline.blocksworld.scenes import SPLITS
 from data_pipeline.blocksworld.vocabulary import SPECIAL, vocabulary, write_tokenizer
-from data_pipeline.index import load_index, load_manifest
+from data_pipeline.index import load_index
+from data_pipeline.manifest import load_manifest
 from data_pipeline.records import parse_record
 from data_pipeline.verify import read_members, verify
 

@@ -38,7 +38,8 @@ def check_types(batch):
             )
             expected = kind.get(field.name, torch.bool if field.name in bools else torch.int64)
             assert value.dtype == expected, field.name
-            assert value.is_contiguous(), field.name
+            layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+            assert value.is_contiguous(memory_format=layout), field.name
 
 
 def decoded(tokenizer, ids, mask):

@@ -6,10 +6,11 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from data_pipeline import decode
-from data_pipeline.decode import decode_image, image_size
+from data_pipeline.decode import Picture, decode_image, image_size
 from data_pipeline.faults import SkipSample
 
 
@@ -32,6 +33,14 @@ def test_jpeg_close_to_pil(options):
     assert found.shape == (24, 40, 3) and found.dtype == np.uint8
     expected = np.asarray(Image.open(io.BytesIO(raw)), np.int16)
     assert np.abs(found - expected).max() <= 6
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_pixels_are_those_of_pil(subsampling):
+    """Bit for bit, as both use libjpeg-turbo: no fast DCT, no fast upsampling."""
+    pixels = np.random.default_rng(1).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    raw = encode(Image.fromarray(pixels), "JPEG", quality=90, subsampling=subsampling)
+    np.testing.assert_array_equal(decode_image(raw), np.asarray(Image.open(io.BytesIO(raw))))
 
 
 @pytest.mark.parametrize("first", ["simplejpeg", "torchvision", "pil"])
@@ -77,6 +86,56 @@ def test_cut_pngs_are_faults():
     for length in range(0, len(raw) - 20, 97):
         with pytest.raises(SkipSample):
             decode_image(raw[:length])
+
+
+def test_a_crop_shows_its_box():
+    picture = Picture(encode(smooth(60, 44), "JPEG", quality=95))
+    assert picture.shape == (44, 60, 3)
+    whole = picture.pixels()
+    np.testing.assert_array_equal(picture.crop(7, 9, 21, 30), whole[9:39, 7:28])
+    np.testing.assert_array_equal(picture.crop(7, 9, 21, 30, least=11), whole[9:39, 7:28])
+
+
+@pytest.mark.parametrize("size", [(60, 44), (61, 45), (64, 48)])
+@pytest.mark.parametrize("box", [(0, 0, 40, 40), (7, 9, 41, 33), (8, 10, 40, 32)])
+def test_half_size_crops_lie_where_full_ones_do(size, box):
+    x, y, width, height = box
+    picture = Picture(encode(smooth(*size), "JPEG", quality=98))
+    half = picture.crop(x, y, width, height, least=16)
+    left, top = x // 2, y // 2
+    right, bottom = -(-(x + width) // 2), -(-(y + height) // 2)
+    assert half.shape == (bottom - top, right - left, 3)
+    # Pixel n of the half picture covers pixels 2n and 2n + 1 of the full one.
+    full = picture.pixels().astype(float)
+    full = np.pad(full, ((0, size[1] % 2), (0, size[0] % 2), (0, 0)), mode="edge")
+    mean = full.reshape(full.shape[0] // 2, 2, full.shape[1] // 2, 2, 3).mean(axis=(1, 3))
+    assert np.abs(half - mean[top:bottom, left:right]).max() <= 4
+
+
+@pytest.mark.parametrize("kind", ["PNG", "no simplejpeg", "other scale"])
+def test_full_size_where_half_cannot_be_had(kind, monkeypatch):
+    raw = encode(smooth(60, 44), "PNG" if kind == "PNG" else "JPEG")
+    if kind == "no simplejpeg":
+        monkeypatch.setattr(decode, "_simplejpeg", lambda: None)
+    elif kind == "other scale":
+
+        class Stubborn:
+            @staticmethod
+            def decode_jpeg(raw, min_factor=1, min_height=0, min_width=0, **options):
+                return simplejpeg.decode_jpeg(raw, **options)
+
+        monkeypatch.setattr(decode, "_simplejpeg", lambda: Stubborn)
+    assert Picture(raw).crop(2, 2, 50, 40, least=8).shape == (40, 50, 3)
+
+
+def test_damaged_pictures_are_faults_before_anything_is_decoded():
+    raw = encode(smooth(64, 64), "JPEG")
+    for bad in (raw[:200], raw[: len(raw) // 2], b"", b"GIF89a"):
+        with pytest.raises(SkipSample):
+            Picture(bad)
+    assert Picture(raw, max_pixels=64 * 64).shape == (64, 64, 3)
+    with pytest.raises(SkipSample, match="64x64"):
+        Picture(raw, max_pixels=64 * 64 - 1)
 
 
 def test_size_comes_from_the_header():

@@ -8,7 +8,8 @@ from PIL import Image
 
 from data_pipeline import commands
 from data_pipeline.importers.coco import build_coco_captions
-from data_pipeline.index import load_index, load_manifest
+from data_pipeline.index import load_index
+from data_pipeline.manifest import load_manifest
 from data_pipeline.records import parse_record
 from data_pipeline.verify import read_members, verify
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from data_pipeline.index import load_index, load_manifest
+from data_pipeline.index import load_index
+from data_pipeline.manifest import load_manifest
 from data_pipeline.shards import ShardSet, check_key, clear_shards, progress, write_shard
 
 

@@ -11,17 +11,26 @@ import webdataset as wds
 from torch.utils.data import DataLoader
 
 from data_pipeline.faults import MAX_CONSECUTIVE, Fault, FaultError, FaultLedger
-from data_pipeline.index import ShardError, load_manifest, write_manifest
+from data_pipeline.index import ShardError
 from data_pipeline.loader import build_loader
+from data_pipeline.manifest import load_manifest, write_manifest
+from data_pipeline.mixture import Mixture, Segment
 from data_pipeline.plan import Plan
+from data_pipeline.remote import RemoteOptions
+from data_pipeline.storage import storage_for
 from data_pipeline.stream import PlannedSource, ShardReader
 
 
-def make_source(folder, *, shuffle=True, seed=1, **options):
+def make_reader(folder):
     manifest = load_manifest(folder)
-    plan = Plan(manifest.shard_samples, manifest.hash, seed, 4, 2, shuffle=shuffle)
+    return ShardReader([manifest], [storage_for(manifest, RemoteOptions())])
+
+
+def make_source(folder, *, shuffle=True, seed=1, groups=1, **options):
+    manifest = load_manifest(folder)
+    plan = Plan(manifest.shard_samples, manifest.hash, seed, 4, 2, shuffle=shuffle, groups=groups)
     values = {"batch": 3, "rank": 0, "ranks": 1, "steps": 5} | options
-    return PlannedSource(ShardReader(manifest), plan, **values)
+    return PlannedSource(make_reader(folder), Mixture([plan], [Segment(0, (1,))]), **values)
 
 
 def test_samples_are_webdataset_samples(write_shards):

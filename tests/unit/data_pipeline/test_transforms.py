@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 
 import numpy as np
@@ -9,12 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from timm.data import auto_augment as timm
 
-from data_pipeline import transforms
+from data_pipeline import decode, transforms
+from data_pipeline.decode import Picture, decode_image
 from data_pipeline.transforms import (
     AUGMENTATIONS,
     Augmentation,
+    crop,
     mentions_side,
+    mirror,
     random_resized_box,
     resize,
     sample_random,
@@ -23,6 +29,12 @@ from data_pipeline.transforms import (
 
 def picture(height=40, width=60, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def jpeg(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -47,7 +59,9 @@ def test_shape_and_determinism_without_global_state(name):
 
 def test_none_keeps_a_picture_of_the_right_size():
     image = picture(32, 32)
-    assert Augmentation("none", 32)(image, random.Random(0)) is image
+    found = Augmentation("none", 32)(image, random.Random(0))
+    assert np.shares_memory(found, image)
+    np.testing.assert_array_equal(found, image)
 
 
 def test_blocksworld_keeps_sides_and_colours():
@@ -95,18 +109,110 @@ def test_resize_matches_float_interpolation():
     assert np.abs(found - expected).max() <= 1.5
 
 
-def test_every_operation_runs_and_is_applied_half_of_the_time():
-    image = picture(32, 32)
-    for operation in transforms._timm_operations().values():
-        from PIL import Image
+def test_a_crop_is_a_view_and_resizing_it_equals_resizing_a_copy():
+    image = picture(90, 120)
+    view = crop(image, 11, 7, 64, 50)
+    assert np.shares_memory(view, image)
+    for width, height in ((32, 32), (100, 90), (64, 20)):
+        found = resize(view, width, height)
+        assert found.flags.c_contiguous
+        np.testing.assert_array_equal(found, resize(view.copy(), width, height))
+    np.testing.assert_array_equal(mirror(view), view[:, ::-1])
 
-        assert operation(Image.fromarray(image), random.Random(0)).size == (32, 32)
+
+TIMM = {
+    "auto_contrast": (timm.auto_contrast, None),
+    "equalize": (timm.equalize, None),
+    "brightness": (timm.brightness, 1.36),
+    "sharpness": (timm.sharpness, 1.36),
+    "shear_x": (timm.shear_x, 0.21),
+    "shear_y": (timm.shear_y, 0.21),
+    "translate_x": (timm.translate_x_abs, 7.0),
+    "translate_y": (timm.translate_y_abs, 7.0),
+    "rotate": (timm.rotate, 21.0),
+}
+
+
+def by_timm(name, image, positive):
+    """What timm's operation at magnitude 7 makes of the image, through PIL."""
+    operation, amount = TIMM[name]
+    source = Image.fromarray(image)
+    if amount is None:
+        return np.asarray(operation(source))
+    if name in ("brightness", "sharpness"):
+        return np.asarray(operation(source, amount))
+    options = {"resample": Image.Resampling.BILINEAR, "fillcolor": (128, 128, 128)}
+    return np.asarray(operation(source, amount if positive else -amount, **options))
+
+
+@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("kind", ["noise", "extremes", "steps", "tiny"])
+def test_operations_give_timms_pixels(name, kind):
+    rng = np.random.default_rng(3)
+    image = {
+        "noise": picture(61, 47),
+        "extremes": rng.choice(np.array([0, 1, 254, 255], np.uint8), (40, 33, 3)),
+        "steps": np.ascontiguousarray(
+            np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 9, 0).repeat(3, 2)
+        ),
+        "tiny": picture(7, 5),
+    }[kind]
+    before = image.copy()
+    signs = set()
+    for seed in range(6):
+        positive = random.Random(seed).random() < 0.5
+        signs.add(positive)
+        found = transforms._operations()[name](image, random.Random(seed))
+        np.testing.assert_array_equal(found, by_timm(name, image, positive), strict=True)
+    assert signs == {True, False}
+    np.testing.assert_array_equal(image, before)
+
+
+def test_extrapolation_equals_pils_blend_for_all_pairs_of_values():
+    base, image = np.mgrid[0:256, 0:256].astype(np.uint8)
+    found = transforms._extrapolate(base, image, 1.36)
+    expected = Image.blend(Image.fromarray(base), Image.fromarray(image), 1.36)
+    np.testing.assert_array_equal(found, np.asarray(expected))
+
+
+def test_operations_are_applied_half_of_the_time():
+    image = picture(32, 32)
     names = ("brightness",)
     same = sum(
         np.array_equal(transforms._rand_augment(image, random.Random(n), names), image)
         for n in range(400)
     )
     assert 60 < same < 140  # (1/2)^2 of them
+    assert set(transforms._COLOUR + transforms._GEOMETRY) == set(transforms._operations())
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_encoded_pictures_and_arrays_give_the_same(name):
+    """Nothing is decoded at half size here: no crop of 96 px is twice as large as 64."""
+    raw = jpeg(picture(96, 80))
+    for position in range(20):
+        augment = Augmentation(name, 64)
+        found = augment(Picture(raw), sample_random(1, position))
+        expected = augment(decode_image(raw), sample_random(1, position))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_large_crops_are_decoded_at_half_size_only_in_random_crops(monkeypatch):
+    halves = []
+    original = decode._decode_half
+    monkeypatch.setattr(decode, "_decode_half", lambda *a: halves.append(a) or original(*a))
+    rows, columns = np.mgrid[0:200, 0:260]
+    smooth = np.stack([rows, columns * 255 // 260, rows * 0 + 90], -1).astype(np.uint8)
+    raw = jpeg(smooth)
+    for name, expected in (("none", 0), ("blocksworld", 0), ("pretrain", 12)):
+        augment = Augmentation(name, 32)
+        monkeypatch.setattr(transforms, "_rand_augment", lambda image, rng, names: image)
+        for position in range(12):
+            found = augment(Picture(raw), sample_random(2, position))
+            exact = augment(decode_image(raw), sample_random(2, position))
+            assert found.shape == (32, 32, 3)
+            assert np.abs(found.astype(int) - exact).max() <= 4
+        assert len(halves) == expected
 
 
 def test_unknown_name():

@@ -124,8 +124,8 @@ def test_forms_that_cannot_be_started(teacher):
     vqa = task_form_from_pretrained(teacher)
     with pytest.raises(ValueError, match="form 'pretrain', not 'vqa'"):
         task_form_from_pretrained(vqa)
-    with pytest.raises(ValueError, match="form 'nlvr2' is unknown"):
-        task_form_from_pretrained(teacher, "nlvr2")
+    with pytest.raises(ValueError, match="form 'nlvr3' is unknown"):
+        task_form_from_pretrained(teacher, "nlvr3")
 
 
 def test_copies_do_not_share_memory(teacher):

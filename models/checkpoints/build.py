@@ -1,0 +1,282 @@
+"""A model from a foreign state dict: sizes read off the tensors, weights loaded, the rest fresh.
+
+state = read_weights("clip-vit-base-patch16/model.safetensors")
+made = build("clip", state)
+made.model.save_pretrained("runs/initial")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.checkpoints import bert, clip, timm, xvlm
+from models.checkpoints.conversion import ConversionReport, fit_positions
+from models.config import ModelConfig
+from models.initialise import task_form_from_pretrained
+from models.xvlm import XVLM
+
+__all__ = [
+    "KINDS",
+    "RECORD",
+    "Conversion",
+    "Options",
+    "build",
+    "fresh_keys",
+    "merged",
+    "sizes_beside",
+    "write_record",
+]
+
+KINDS = ("xvlm", "clip", "bert", "timm")
+RECORD = "conversion.json"
+_POSITION = "vision.embeddings.position"
+# what no tensor shows, by the section of the configuration that a kind fills
+_UNSEEN = ("head_dim", "activation", "norm_eps")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to convert.
+
+    Attributes:
+        sizes: values of a `ModelConfig`, nested, that win over what the tensors show.
+        layer_map: foreign layer of each of ours (clip, bert); None spreads them evenly.
+        image_size: resample the positions to it; None keeps the size.
+        form: the task form wanted; None keeps the file's.
+        allow_missing, allow_unexpected: keys, modules or globs, as in `load_converted`; ours for
+            missing ones, foreign ones for unexpected ones.
+    """
+
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    layer_map: Sequence[int] | None = None
+    image_size: int | None = None
+    form: str | None = None
+    allow_missing: Sequence[str] = ()
+    allow_unexpected: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted model.
+
+    Attributes:
+        fresh: keys of the model that no checkpoint has filled, sorted.
+    """
+
+    model: XVLM
+    report: ConversionReport
+    fresh: list[str]
+
+
+def build(
+    kind: str,
+    state: Mapping[str, Tensor],
+    options: Options | None = None,
+    *,
+    base: XVLM | None = None,
+    base_fresh: Iterable[str] = (),
+    where: str = "checkpoint",
+) -> Conversion:
+    """A whole model with the weights of a foreign state dict; fresh weights come from torch's
+    global generator.
+
+    Args:
+        kind: one of KINDS. "xvlm" fills the model, "clip" and "timm" the vision encoder, "bert" the
+            text and fusion layers but for cross-attention.
+        base: a model whose other parts stay; without it they are fresh, in the sizes of X-VLM.
+        base_fresh: its keys that are fresh.
+
+    Raises:
+        ValueError: on another kind, sizes that do not go together, or keys that are missing (unless
+            allowed), misshapen or unexpected.
+    """
+    options = options or Options()
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is unknown; choose one of {KINDS}")
+    if kind == "xvlm" and base is not None:
+        raise ValueError("a whole X-VLM checkpoint does not go into another model")
+    config = _config(kind, state, options, base, where)
+    model = XVLM(config)
+    fresh = set(model.state_dict())
+    if base is not None:
+        fresh = _copy_base(model, base, set(base_fresh))
+    report = _load(kind, model, state, options, where)
+    report.notes += _assumed(kind, config, options)
+    fresh -= set(report.loaded)
+    if options.form not in (None, model.config.form):
+        model, fresh = _as_form(model, str(options.form), fresh)
+    return Conversion(model.eval(), report, sorted(fresh))
+
+
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with nested changes written over them."""
+    result = dict(values)
+    for key, change in changes.items():
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(change, Mapping):
+            result[key] = merged(old, change)
+        else:
+            result[key] = change
+    return result
+
+
+def _config(
+    kind: str, state: Mapping[str, Tensor], options: Options, base: XVLM | None, where: str
+) -> ModelConfig:
+    """Sizes of the base or of the tensors, changed by the options."""
+    vision, text = options.sizes.get("vision", {}), options.sizes.get("text", {})
+    region = vision.get("region_layers")
+    head_dim = vision.get("head_dim", 64)
+    if base is not None:
+        found = base.config
+    elif kind == "xvlm":
+        found = xvlm.config_of(
+            state,
+            head_dim=text.get("head_dim", 64),
+            vision_head_dim=head_dim,
+            region_layers=region,
+            where=where,
+        )
+    elif kind == "bert":
+        found = ModelConfig(
+            text=bert.config_of(state, head_dim=text.get("head_dim", 64), where=where)
+        )
+    elif kind == "clip":
+        found = ModelConfig(
+            vision=clip.config_of(state, head_dim=head_dim, region_layers=region, where=where)
+        )
+    else:
+        found = ModelConfig(vision=timm.config_of(state, head_dim=head_dim, region_layers=region))
+    values = merged(found.to_dict(), options.sizes)
+    if options.image_size is not None:
+        values["vision"]["image_size"] = options.image_size
+    return ModelConfig.from_dict(values, where=f"{where}: sizes")
+
+
+def _copy_base(model: XVLM, base: XVLM, base_fresh: set[str]) -> set[str]:
+    """Copies what fits and returns the keys that are fresh now.
+
+    Raises:
+        ValueError: when a weight that is not fresh would be lost.
+    """
+    ours, theirs, fresh = model.state_dict(), dict(base.state_dict()), set()
+    fit_positions(theirs, ConversionReport(), _POSITION, model.config.vision, "the model folder")
+    with torch.no_grad():
+        for key, value in ours.items():
+            if key in theirs and theirs[key].shape == value.shape:
+                value.copy_(theirs[key])
+                fresh |= {key} & base_fresh
+            else:
+                fresh.add(key)
+    lost = sorted((theirs.keys() - base_fresh) & fresh | (theirs.keys() - ours.keys() - base_fresh))
+    if lost:
+        raise ValueError(f"{lost[0]} of the model folder does not fit the new sizes")
+    return fresh
+
+
+def _load(
+    kind: str, model: XVLM, state: Mapping[str, Tensor], options: Options, where: str
+) -> ConversionReport:
+    allow: dict[str, Any] = {
+        "allow_missing": options.allow_missing,
+        "allow_unexpected": options.allow_unexpected,
+        "where": where,
+    }
+    if kind == "bert":
+        return bert.load(model, state, options.layer_map, **allow)
+    if kind == "clip":
+        # keys of the encoder lie below `vision.` in the model
+        allow["allow_missing"] = [key.removeprefix("vision.") for key in options.allow_missing]
+        return clip.load(model.vision, state, options.layer_map, **allow).below("vision.")
+    if options.layer_map is not None:
+        raise ValueError(f"a layer map belongs to clip and bert, not to {kind}")
+    if kind == "timm":
+        allow["allow_missing"] = [key.removeprefix("vision.") for key in options.allow_missing]
+        return timm.load(model.vision, state, **allow).below("vision.")
+    return xvlm.load(model, state, **allow)
+
+
+def _assumed(kind: str, config: ModelConfig, options: Options) -> list[str]:
+    """One note on the values that neither the tensors nor the sizes gave."""
+    sections = {"xvlm": ("vision", "text"), "bert": ("text",)}.get(kind, ("vision",))
+    taken = [
+        f"{section}.{name} {getattr(getattr(config, section), name)}"
+        for section in sections
+        for name in (*_UNSEEN, *(("region_layers",) if section == "vision" else ()))
+        if name not in options.sizes.get(section, {})
+    ]
+    return [f"not in the file, taken as published: {', '.join(taken)}"] if taken else []
+
+
+def _as_form(model: XVLM, form: str, fresh: set[str]) -> tuple[XVLM, set[str]]:
+    """The task form, and its fresh keys: those that were, and modules that nothing starts."""
+    result = task_form_from_pretrained(model, form)
+    before = model.state_dict()
+    derived = ("decoder.", "lm_head.")
+    unstarted = {key for key in result.state_dict() if key not in before}
+    return result, {
+        key
+        for key in result.state_dict()
+        if key in fresh or (key in unstarted and not key.startswith(derived))
+    }
+
+
+def sizes_beside(kind: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Values of a `ModelConfig` from the config.json beside a foreign weight file.
+
+    Raises:
+        ValueError: when it describes another kind of model.
+    """
+    readers: dict[str, tuple[str, Callable[..., dict[str, Any]]]] = {
+        "clip": ("vision", clip.sizes_of),
+        "bert": ("text", bert.sizes_of),
+    }
+    if kind in readers:
+        section, read = readers[kind]
+        return {section: read(config, where)}
+    shown = config.get("pretrained_cfg", config)
+    if kind == "timm" and {"mean", "std"} <= shown.keys():
+        return {"image_mean": shown["mean"], "image_std": shown["std"]}
+    return {}
+
+
+def fresh_keys(folder: Path) -> set[str]:
+    """Keys of a converted model folder that no checkpoint has filled; empty without a record.
+
+    Raises:
+        ValueError: on a record that cannot be read.
+    """
+    return set(_record(folder)["fresh"])
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    if not path.is_file():
+        return {"conversions": [], "fresh": []}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {"conversions": list(values["conversions"]), "fresh": list(values["fresh"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a record of a conversion: {error!r}") from error
+
+
+def write_record(
+    folder: Path, made: Conversion, facts: Mapping[str, Any], before: Path | None = None
+) -> None:
+    """Writes every key of a conversion beside the model, after those of the folder it went into."""
+    earlier = [] if before is None else _record(before)["conversions"]
+    values = {
+        "conversions": [*earlier, {**facts, **made.report.to_dict()}],
+        "fresh": made.fresh,
+    }
+    partial = folder / f".{RECORD}.partial"
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, folder / RECORD)
