@@ -94,7 +94,7 @@ def _split_layers(section: str, found: dict[str, Any], given: Mapping[str, Any])
     if section == "vision":
         merged.setdefault("region_layers", depth // 3)
         return merged
-    merged.setdefault("text_layers", depth - depth // 2)
+    merged.setdefault("text_layers", depth // 2)
     merged.setdefault("cross_heads", tuple(merged["heads"])[merged["text_layers"] :])
     return merged
 
