@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ class Batch:
     """What every batch has.
 
     Attributes:
-        images: (N, 3, H, W) uint8.
+        images: (N, 3, H, W) uint8, channels_last in memory.
         image_index: (B,) int64, the image of each text row; `arange(N)` when rows and images are
             one to one.
         valid: (B,) bool; False marks padding rows, which evaluation adds so that all ranks step
@@ -51,6 +52,33 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch with every tensor on `device`."""
         return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def record_stream(self, stream: Any) -> None:
+        """Tells the allocator that `stream` uses the tensors too (see Tensor.record_stream)."""
+
+        def record(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        self._map_tensors(record)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Only the images travel as a tensor, in shared memory.
+
+        Each tensor that a worker sends costs a shared memory file and a descriptor; the others are
+        a few kilobytes, and go through the pipe as arrays.
+        """
+        return {
+            name: value.numpy()
+            if isinstance(value, Tensor) and name != "images" and value.device.type == "cpu"
+            else value
+            for name, value in vars(self).items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            object.__setattr__(self, name, tensor)
 
     def pin_memory(self) -> Self:
         """The same batch in page-locked memory (called by torch's DataLoader)."""

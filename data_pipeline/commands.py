@@ -53,6 +53,49 @@ def _blocksworld_parser(verbs: Any) -> None:
     )
 
 
+def _index_parser(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        "index",
+        help="(re)build the indexes and manifests of existing shards, and filter samples",
+        description="Writes X.tar.idx beside each shard and manifest.json beside them. Shards whose "
+        "index is current are not read again. Filters change no shard: they are one bit a sample "
+        "(keep.bits) and part of the manifest's hash.",
+        epilog="examples: espalier data index data/blocks/vqa/train; "
+        "espalier launch --mpi -n 4 -- data index data/cc3m; "
+        "espalier data index data/coco/pretrain/train --drop-leaks data/flickr30k/retrieval/test",
+    )
+    verb.add_argument("folder", type=Path, metavar="DIR")
+    verb.add_argument("--task", help="task of the shards (default: the manifest's, or the path's)")
+    verb.add_argument("--split", help="split of the shards (default: likewise)")
+    verb.add_argument("--force", action="store_true", help="read every shard again and compare")
+    verb.add_argument("--processes", type=_positive, metavar="P", help="default: one a core")
+    verb.add_argument(
+        "--drop-leaks",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="leave out pictures that occur in these data folders (by id and by look)",
+    )
+    verb.add_argument(
+        "--drop-duplicates", action="store_true", help="keep one of pictures that look the same"
+    )
+    verb.add_argument(
+        "--min-side", type=_positive, metavar="PX", help="leave out pictures with a shorter side"
+    )
+    verb.add_argument(
+        "--min-words", type=_positive, metavar="N", help="leave out samples with shorter texts"
+    )
+    verb.add_argument("--no-filter", action="store_true", help="remove an earlier filter")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, not {text}")
+    return value
+
+
 def add_parsers(subparsers: Any) -> None:
     """Add `data` and its verbs to the top parser's subparsers (or the verbs to a `data` parser)."""
     if isinstance(subparsers, argparse.ArgumentParser):
@@ -66,22 +109,14 @@ def add_parsers(subparsers: Any) -> None:
     verbs = parser.add_subparsers(dest="data_verb", required=True, metavar="VERB")
     _blocksworld_parser(verbs)
     add_build_parsers(verbs)
-    index = verbs.add_parser(
-        "index",
-        help="(re)build the indexes and manifests of existing shards",
-        epilog="example: espalier data index data/blocks/vqa/train",
-    )
-    index.add_argument("folder", type=Path, metavar="DIR")
-    index.add_argument(
-        "--task", help="task of shards that have no manifest (default: from the path)"
-    )
-    index.add_argument("--split", help="split of such shards (default: from the path)")
+    _index_parser(verbs)
     verify = verbs.add_parser(
         "verify",
         help="check every sample; exit 1 and a list when something is wrong",
         epilog="example: espalier data verify data/blocks --json",
     )
     verify.add_argument("folder", type=Path, metavar="DIR")
+    verify.add_argument("--processes", type=_positive, metavar="P", help="default: one a core")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
     inspect = verbs.add_parser(
         "inspect",
@@ -119,41 +154,52 @@ def _run_blocksworld(args: argparse.Namespace) -> int:
 
 
 def _run_index(args: argparse.Namespace) -> int:
-    from data_pipeline.index import build_index
-    from data_pipeline.manifest import MANIFEST_NAME, write_manifest
-    from data_pipeline.records import TASKS
-    from data_pipeline.verify import data_folders
+    from data_pipeline.indexing import data_folders, index_folder
+    from data_pipeline.parallel import together
 
-    for folder in data_folders(args.folder):
-        known = _old_manifest(folder / MANIFEST_NAME)
-        full = folder.resolve()
-        task = args.task or known.pop("task", full.parent.name)
-        split = args.split or known.pop("split", full.name)
-        if task not in TASKS:
-            raise ValueError(f"{folder}: task {task!r} is unknown; give --task {'|'.join(TASKS)}")
-        for shard in sorted(folder.glob("*.tar")):
-            build_index(shard)
-        content = write_manifest(folder, task, split, known)
-        print(f"{folder}: {content['samples']} samples in {len(content['shards'])} shards")
+    wanted = bool(args.drop_leaks or args.drop_duplicates or args.min_side or args.min_words)
+    if wanted and args.no_filter:
+        raise ValueError("--no-filter: leave it out where filters are given, they replace the old")
+    with together():
+        folders = data_folders(args.folder)
+    for folder in folders:
+        report = index_folder(
+            folder,
+            task=args.task,
+            split=args.split,
+            force=args.force,
+            processes=args.processes,
+            old_filter="replace" if wanted else "drop" if args.no_filter else "keep",
+        )
+        for note in report.notes if report else ():
+            print(f"{folder}: warning: {note}", file=sys.stderr)
+        if report:
+            print(report.line())
+        if wanted:
+            _filter(folder, args)
     return 0
 
 
-def _old_manifest(path: Path) -> dict[str, Any]:
-    """Task, split and additional values of a manifest about to be replaced; {} if unreadable."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    renewed = ("version", "samples", "members", "shards", "filter", "keys_hash", "hash")
-    return (
-        {k: v for k, v in content.items() if k not in renewed} if isinstance(content, dict) else {}
+def _filter(folder: Path, args: argparse.Namespace) -> None:
+    from data_pipeline.filters import FilterRules, apply
+    from data_pipeline.parallel import shares, together
+
+    rules = FilterRules(
+        leaks=tuple(args.drop_leaks),
+        duplicates=args.drop_duplicates,
+        min_side=args.min_side or 0,
+        min_words=args.min_words or 0,
     )
+    with together():
+        if shares()[0] == 0:
+            content = apply(folder, rules, args.processes)
+            print(f"{folder}: {content['samples']} samples kept")
 
 
 def _run_verify(args: argparse.Namespace) -> int:
     from data_pipeline.verify import verify
 
-    counts, problems = verify(args.folder)
+    counts, problems = verify(args.folder, args.processes)
     if args.json:
         found = [problem.as_dict() for problem in problems]
         print(json.dumps({**counts, "problems": found}, indent=1))

@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw
 
 from data_pipeline.decode import decode_image, image_size
 from data_pipeline.index import load_index
+from data_pipeline.indexing import data_folders
 from data_pipeline.manifest import load_manifest
 from data_pipeline.records import image_members, parse_record
-from data_pipeline.verify import data_folders
 
 __all__ = ["contact_sheet", "describe", "summary_lines"]
 

@@ -32,6 +32,7 @@ __all__ = [
     "KEEP_NAME",
     "MANIFEST_NAME",
     "MANIFEST_VERSION",
+    "OWN_VALUES",
     "Manifest",
     "Shard",
     "ShardFacts",
@@ -46,7 +47,8 @@ __all__ = [
 MANIFEST_NAME = "manifest.json"
 KEEP_NAME = "keep.bits"
 MANIFEST_VERSION = 2
-_OURS = (
+# The values of manifest.json that are ours; all others are `extra`.
+OWN_VALUES = (
     "version",
     "task",
     "split",
@@ -178,6 +180,7 @@ class ShardFacts:
 
     Attributes:
         members: extension -> count.   key_hashes: (samples,) u64 XXH3-64 of the keys.
+        was_read: the shard was read for this; else its index told.
         rotten: the content changed although size and time of change did not.
     """
 
@@ -187,7 +190,8 @@ class ShardFacts:
     xxh3: str
     members: Mapping[str, int]
     key_hashes: np.ndarray
-    rotten: bool = False
+    was_read: bool
+    rotten: bool
 
 
 def survey(tar_path: Path, force: bool = False) -> ShardFacts:
@@ -198,13 +202,9 @@ def survey(tar_path: Path, force: bool = False) -> ShardFacts:
 
     Raises: as build_index.
     """
-    index = current_index(tar_path) if tar_path.is_file() else None
-    rotten = False
-    if index is None:
-        index = build_index(tar_path)
-    elif force:
-        before, index = index.xxh3, build_index(tar_path)
-        rotten = index.xxh3 != before
+    known = current_index(tar_path) if tar_path.is_file() else None
+    was_read = force or known is None
+    index = build_index(tar_path) if was_read or known is None else known
     ends = index.key_start.tolist()
     raw = index.key_bytes.tobytes()
     hashes = [xxhash.xxh3_64_intdigest(raw[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
@@ -215,7 +215,8 @@ def survey(tar_path: Path, force: bool = False) -> ShardFacts:
         index.xxh3,
         index.member_counts(),
         np.asarray(hashes, np.uint64),
-        rotten,
+        was_read,
+        rotten=known is not None and known.xxh3 != index.xxh3,
     )
 
 
@@ -245,15 +246,17 @@ def write_manifest(
     split: str,
     extra: Mapping[str, Any] | None = None,
     facts: Sequence[ShardFacts] | None = None,
+    filtered_as: Manifest | None = None,
 ) -> dict[str, Any]:
     """Writes manifest.json for the shards (*.tar) in `folder`, atomically, and returns its content.
 
-    Indexes that are missing or out of date are built on the way. The manifest has no filter: an old
-    one (keep.bits) is removed once the new manifest stands.
+    Indexes that are missing or out of date are built on the way. Without `filtered_as` the manifest
+    has no filter, and an old keep.bits is removed once the new manifest stands.
 
     Args:
         extra: further values to record, such as image_size; they may not replace ours.
         facts: of all shards in the folder, where they are known already.
+        filtered_as: the old manifest of the same shards, whose filter stays.
 
     Raises: FileNotFoundError without shards; as build_index.
     """
@@ -263,24 +266,29 @@ def write_manifest(
         raise FileNotFoundError(f"{folder}: no shards (*.tar) to list in a manifest")
     keys = xxhash.xxh3_128()
     members: Counter[str] = Counter()
+    lines: list[dict[str, Any]] = []
     for fact in facts:
+        line = {"name": fact.name, "bytes": fact.bytes, "samples": fact.samples, "xxh3": fact.xxh3}
+        lines.append(line)
         keys.update(_keys_with_ends(load_index(folder / fact.name)))
         members.update(fact.members)
+    if filtered_as is not None and filtered_as.filter is not None:
+        for line, shard in zip(lines, filtered_as.shards, strict=True):
+            line["kept"] = shard.kept
     content: dict[str, Any] = {"schema": task} | dict(extra or {})
     content |= {
         "version": MANIFEST_VERSION,
         "task": task,
         "split": split,
-        "samples": sum(fact.samples for fact in facts),
+        "samples": sum(line.get("kept", line["samples"]) for line in lines),
         "members": dict(sorted(members.items())),
         "keys_hash": keys.hexdigest(),
-        "filter": None,
-        "shards": [
-            {"name": f.name, "bytes": f.bytes, "samples": f.samples, "xxh3": f.xxh3} for f in facts
-        ],
+        "filter": filtered_as and filtered_as.filter,
+        "shards": lines,
     }
     _write(folder, content)
-    (folder / KEEP_NAME).unlink(missing_ok=True)
+    if content["filter"] is None:
+        (folder / KEEP_NAME).unlink(missing_ok=True)
     return content
 
 
@@ -410,7 +418,7 @@ def parse_manifest(raw: bytes, location: str, keep: bytes | None = None) -> Mani
             hash=content["hash"],
             keys_hash=content["keys_hash"],
             filter=described,
-            extra={name: value for name, value in content.items() if name not in _OURS},
+            extra={name: value for name, value in content.items() if name not in OWN_VALUES},
             members=content["members"],
             keep=bits,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ import xxhash
 
 from data_pipeline.decode import decode_image
 from data_pipeline.faults import SkipSample
-from data_pipeline.index import ShardError, ShardIndex, load_index
-from data_pipeline.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest
+from data_pipeline.index import ShardError, ShardIndex, checksum, load_index
+from data_pipeline.indexing import data_folders
+from data_pipeline.manifest import MANIFEST_NAME, Shard, load_manifest
+from data_pipeline.parallel import run_units
 from data_pipeline.records import RecordError, image_members, parse_record
-from data_pipeline.shards import progress
 
-__all__ = ["Problem", "data_folders", "read_members", "verify"]
+__all__ = ["Problem", "read_members", "verify"]
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,6 @@ class Problem:
     def as_dict(self) -> dict[str, str]:
         """For --json."""
         return asdict(self)
-
-
-def data_folders(root: Path) -> list[Path]:
-    """The folders of shards at or below `root`, with or without a manifest.
-
-    Raises: FileNotFoundError where `root` is missing or holds no shards.
-    """
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder")
-    found = {path.parent for name in (MANIFEST_NAME, "*.tar") for path in root.rglob(name)}
-    if not found:
-        raise FileNotFoundError(f"{root}: no shards (*.tar) and no {MANIFEST_NAME} in it or below")
-    return sorted(found)
 
 
 def read_members(data: bytes, index: ShardIndex, sample: int) -> dict[str, bytes]:
@@ -99,30 +87,98 @@ def _sample_problems(task: str, shard: str, key: str, members: dict[str, bytes])
             yield f"box {[x, y, w, h]} leaves the {width}x{height} picture"
 
 
-def _shard_problems(
-    manifest: Manifest, shard: Shard, path: Path, keys: dict[str, str]
-) -> Iterator[Problem]:
-    """Problems of one shard; `keys` collects key -> shard over the folder."""
-    data = path.read_bytes()
-    file = str(path)
+def _pair_problems(members: dict[str, bytes]) -> Iterator[str]:
+    """Problems of a sample in img2dataset's layout: one picture, and its text in a member txt."""
+    pictures = [name for name in members if name not in ("txt", "json")]
+    if len(pictures) != 1:
+        yield f"needs exactly one picture; has {', '.join(pictures) or 'none'}"
+    else:
+        try:
+            decode_image(members[pictures[0]])
+        except SkipSample as error:
+            yield f"{pictures[0]}: {error.reason}"
+    try:
+        if not members.get("txt", b"").decode().strip():
+            yield "the txt member is missing or empty"
+    except UnicodeDecodeError as error:
+        yield f"txt: not UTF-8 ({error})"
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One shard to check."""
+
+    task: str
+    layout: str
+    path: Path
+    shard: Shard
+
+
+def _shard_problems(unit: _Unit) -> tuple[list[Problem], np.ndarray]:
+    """Problems of one shard, and the (samples,) u64 hashes of its keys."""
+    file, shard = str(unit.path), unit.shard
+    data = unit.path.read_bytes()
+    problems: list[Problem] = []
     actual = xxhash.xxh3_64_hexdigest(data)
     if actual != shard.xxh3:
-        yield Problem(file, "", f"content hash {actual}, {MANIFEST_NAME} says {shard.xxh3}")
+        what = f"content hash {actual}, {MANIFEST_NAME} says {shard.xxh3}"
+        problems.append(Problem(file, "", what))
     try:
-        index = load_index(path)
+        index = load_index(unit.path)
     except (ShardError, FileNotFoundError) as error:
-        yield Problem(file, "", str(error).removeprefix(f"{file}: "))
-        return
+        problems.append(Problem(file, "", str(error).removeprefix(f"{file}: ")))
+        return problems, np.empty(0, np.uint64)
+    if index.xxh3 != shard.xxh3:
+        what = f"the index was made of a shard with hash {index.xxh3}"
+        problems.append(Problem(file, "", f"{what}, {MANIFEST_NAME} says {shard.xxh3}"))
     if len(index) != shard.samples:
-        yield Problem(file, "", f"{len(index)} samples, {MANIFEST_NAME} says {shard.samples}")
+        what = f"{len(index)} samples, {MANIFEST_NAME} says {shard.samples}"
+        problems.append(Problem(file, "", what))
+    keys = np.empty(len(index), np.uint64)
     for sample in range(len(index)):
         key = index.key(sample)
-        if key in keys:
-            yield Problem(file, key, f"the key is also in {keys[key]}")
-        keys[key] = path.name
+        keys[sample] = xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape"))
+        wrong = _damaged_members(data, index, sample)
         members = read_members(data, index, sample)
-        for what in _sample_problems(manifest.task, file, key, members):
-            yield Problem(file, key, what)
+        if not wrong and unit.layout == "img2dataset":
+            wrong = list(_pair_problems(members))
+        elif not wrong:
+            wrong = list(_sample_problems(unit.task, file, key, members))
+        problems += [Problem(file, key, what) for what in wrong]
+    return problems, keys
+
+
+def _damaged_members(data: bytes, index: ShardIndex, sample: int) -> list[str]:
+    """What is wrong with the bytes of a sample, by the checksums of its members."""
+    damaged = []
+    for extension, offset, size, expected in index.members(sample):
+        actual = checksum(data[offset : offset + size])
+        if actual != expected:
+            where = f"{size} bytes from byte {offset} on"
+            damaged.append(
+                f"member {extension} ({where}) is damaged: checksum {actual:08x}, "
+                f"indexed {expected:08x}"
+            )
+    return damaged
+
+
+def _repeated_keys(units: Sequence[_Unit], hashes: Sequence[np.ndarray]) -> Iterator[Problem]:
+    """Samples whose key another shard of their folder has as well."""
+    if not units:
+        return
+    together = np.concatenate(hashes)
+    number = np.repeat(np.arange(len(units)), [len(found) for found in hashes])
+    starts = np.cumsum([0, *map(len, hashes)])
+    order = np.argsort(together, kind="stable")
+    again = np.flatnonzero(together[order][1:] == together[order][:-1])
+    first: dict[str, str] = {}
+    for position in sorted({int(order[k + step]) for k in again for step in (0, 1)}):
+        unit = units[number[position]]
+        key = load_index(unit.path).key(position - int(starts[number[position]]))
+        if key in first:
+            yield Problem(str(unit.path), key, f"the key is also in {first[key]}")
+        else:
+            first[key] = unit.path.name
 
 
 def _dataset_problems(root: Path) -> Iterator[Problem]:
@@ -153,13 +209,17 @@ def _dataset_problems(root: Path) -> Iterator[Problem]:
         seen[split] = digests
 
 
-def verify(root: Path) -> tuple[dict[str, Any], list[Problem]]:
+def verify(root: Path, processes: int | None = 1) -> tuple[dict[str, Any], list[Problem]]:
     """(counts, problems) of everything at or below `root`.
+
+    Args:
+        processes: at most this many (None: one per core).
 
     Raises: FileNotFoundError where there is nothing to verify.
     """
     problems: list[Problem] = []
-    work: list[tuple[Manifest, Shard, Path, dict[str, str]]] = []
+    units: list[_Unit] = []
+    ends: list[int] = []
     folders = data_folders(root)
     for folder in folders:
         try:
@@ -167,16 +227,21 @@ def verify(root: Path) -> tuple[dict[str, Any], list[Problem]]:
         except (ShardError, FileNotFoundError) as error:
             problems.append(Problem(str(folder), "", str(error)))
             continue
-        keys: dict[str, str] = {}
         listed = {shard.name for shard in manifest.shards}
         for path in sorted(folder.glob("*.tar")):
             if path.name not in listed:
                 problems.append(Problem(str(path), "", f"is not listed in {MANIFEST_NAME}"))
-        for number, shard in enumerate(manifest.shards):
-            work.append((manifest, shard, manifest.path(number), keys))
-    for item in progress(work, len(work), "verify", "shards"):
-        problems.extend(_shard_problems(*item))
+        layout = manifest.extra.get("layout", "")
+        units += [
+            _Unit(manifest.task, layout, folder / shard.name, shard) for shard in manifest.shards
+        ]
+        ends.append(len(units))
+    found = run_units(_shard_problems, units, processes, "verify", "shards")
+    for of_shard, _ in found:
+        problems += of_shard
+    hashes = [keys for _, keys in found]
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        problems.extend(_repeated_keys(units[start:end], hashes[start:end]))
     problems.extend(_dataset_problems(root))
-    samples = sum(shard.samples for _, shard, _, _ in work)
-    counts = {"folders": len(folders), "shards": len(work), "samples": samples}
-    return counts, problems
+    samples = sum(unit.shard.samples for unit in units)
+    return {"folders": len(folders), "shards": len(units), "samples": samples}, problems

@@ -24,7 +24,9 @@ __all__ = ["add_arguments", "run"]
 
 EXIT_USAGE = 2
 EXIT_STOPPED = 75
-VERBS = ("pretrain", "distill", "finetune", "prune", "trim", "eval", "bench", "doctor")
+VERBS = ("pretrain", "distill", "finetune", "prune", "trim", "eval", "bench", "doctor", "data")
+# What `data` spreads over ranks; the others would do everything on each of them.
+_SPREAD = ("index", "build")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,11 +98,20 @@ def _jobs(options: argparse.Namespace) -> list[list[str]]:
     command = list(options.command)
     if command[:1] == ["--"]:
         command = command[1:]
+    words = shlex.join(command)
     if not command or command[0] not in VERBS:
         found = f"not {command[0]!r}" if command else "nothing follows"
         raise ValueError(
             f"expected a verb ({', '.join(VERBS)}) behind `--`, {found}; see espalier launch --help"
         )
+    if command[0] == "data":
+        if not options.mpi or options.array:
+            raise ValueError(f"`data` verbs spread through MPI: espalier launch --mpi -- {words}")
+        if command[1:2] and command[1] not in _SPREAD:
+            raise ValueError(
+                f"`data {command[1]}` does not spread over ranks (only {', '.join(_SPREAD)} do); "
+                f"run it alone: espalier {words}"
+            )
     if not options.array:
         return [command]
     end = 1

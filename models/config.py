@@ -275,7 +275,17 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "model config") -> ModelConfig:
-        """Raises ValueError, naming `where` and the key, on unknown keys or wrong values."""
+        """The configuration; vision.backbone and text.backbone fill in what is not given.
+
+        Raises:
+            ValueError: naming `where` and the key, on unknown keys or wrong values.
+            ValueError, FileNotFoundError: on a backbone that does not fit or is not there.
+        """
+        sections = (values.get("vision"), values.get("text"))
+        if any(isinstance(section, dict) and section.get("backbone") for section in sections):
+            from models.backbones import resolve  # it needs timm, which most models do not
+
+            values = resolve(values, where)
         try:
             return TypeAdapter(cls).validate_python(values)
         except ValidationError as error:

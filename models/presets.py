@@ -1,7 +1,8 @@
 """Named models: `presets.create("efficientvlm")`, `presets.config("efficientvlm")`.
 
 Overrides are nested or dotted: `config("blocksworld-teacher", text={"vocab_size": 300})` or
-`config(name, **{"vision.image_size": 64})`; `form="vqa"` gives the question-answering form.
+`config(name, **{"vision.image_size": 64})`; `form="vqa"` gives the question-answering form. An
+override of `vision.backbone` or `text.backbone` replaces that whole section (`models.backbones`).
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
     for key, change in changes.items():
         head, _, rest = key.partition(".")
         change = {rest: change} if rest else change
-        if isinstance(change, dict) and isinstance(values.get(head), dict):
+        if isinstance(change, dict) and isinstance(values.setdefault(head, {}), dict):
             _merge(values[head], change)
         else:
             values[head] = change
@@ -113,13 +114,31 @@ def config(name: str, *, form: str = "pretrain", **overrides: Any) -> ModelConfi
         near = difflib.get_close_matches(name, _PRESETS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"no preset {name!r}{hint} (presets: {', '.join(_PRESETS)})")
-    preset = _PRESETS[name]
+    preset, changes = _PRESETS[name], {}
+    _merge(changes, overrides)
+    full_size = name in _FULL_SIZE
+    backbones = {
+        section: changes.pop(section)
+        for section in ("vision", "text")
+        if isinstance(changes.get(section), dict) and changes[section].get("backbone")
+    }
+    if backbones:
+        preset = _with_backbones(preset, backbones)
+        full_size = full_size and "vision" not in backbones
     if form != "pretrain":
-        size = _FULL_SIZE_PIXELS.get(form) if name in _FULL_SIZE else None
+        size = _FULL_SIZE_PIXELS.get(form) if full_size else None
         preset = preset.as_form(form, image_size=size)
     values = preset.to_dict()
-    _merge(values, overrides)
+    _merge(values, changes)
     return ModelConfig.from_dict(values, where=f"preset {name}")
+
+
+def _with_backbones(preset: ModelConfig, sections: dict[str, dict[str, Any]]) -> ModelConfig:
+    """The preset with whole sections from elsewhere: its own fields must not win over theirs."""
+    values = preset.to_dict() | sections
+    if "vision" in sections:  # the backbone has its own pixel statistics
+        del values["image_mean"], values["image_std"]
+    return ModelConfig.from_dict(values, where=f"preset {preset.name}")
 
 
 def create(name: str, *, form: str = "pretrain", **overrides: Any) -> XVLM:

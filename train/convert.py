@@ -17,6 +17,8 @@ __all__ = ["add_parsers", "run"]
 
 BACK = "to-xvlm"
 _LISTED = 3
+# a whole configuration says these too, but they follow from FILE and --form
+_NOT_SIZES = ("form", "decoder")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from models.checkpoints import build
-    from models.checkpoints.files import foreign_config, read_weights, weight_file
+    from models.checkpoints.files import read_checkpoint, weight_file
 
     out = args.out or args.into
     if out is None:
@@ -107,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"--tokenizer {args.tokenizer}: no such folder")
     base, base_fresh = _base(args.into)
     path = weight_file(args.file)
-    sizes, origins = _sizes(args, foreign_config(path))
+    weights = read_checkpoint(path)
+    sizes, origins = _sizes(args, path, weights.config)
     options = build.Options(
         sizes=sizes,
         layer_map=_layers(args.layers),
@@ -116,11 +119,17 @@ def run(args: argparse.Namespace) -> int:
         allow_missing=args.allow_missing,
         allow_unexpected=args.allow_unexpected,
     )
-    state = read_weights(path)
     torch.manual_seed(args.seed)
-    made = build.build(args.kind, state, options, base=base, base_fresh=base_fresh, where=str(path))
+    made = build.build(
+        args.kind, weights.state, options, base=base, base_fresh=base_fresh, where=str(path)
+    )
     _write(out, args, made)
-    facts = {"kind": args.kind, "file": path.name, "tensors": len(state), "sizes_from": origins}
+    facts = {
+        "kind": args.kind,
+        "file": path.name,
+        "tensors": len(weights.state),
+        "sizes_from": origins,
+    }
     build.write_record(out, made, facts, before=args.into)
     print("\n".join(_summary(out, made, facts)))
     return 0
@@ -145,15 +154,22 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
 
 
 def _sizes(
-    args: argparse.Namespace, beside: tuple[Path, dict[str, Any]] | None
+    args: argparse.Namespace, path: Path, stored: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Sizes that the tensors do not show and where they came from; --config wins."""
+    """Sizes that the tensors do not show, and where they came from. --config wins over the
+    configuration that to-xvlm stores, or a config.json beside the file.
+    """
     from models.checkpoints.build import merged, sizes_beside
+    from models.checkpoints.files import foreign_config
 
     sizes: dict[str, Any] = {}
     origins: list[str] = []
-    if beside is not None:
-        sizes = sizes_beside(args.kind, beside[1], str(beside[0]))
+    beside = foreign_config(path)
+    if args.kind == "xvlm" and isinstance(stored.get("vision"), dict):
+        sizes = {key: value for key, value in stored.items() if key not in _NOT_SIZES}
+        origins.append("the file itself")
+    elif beside is not None:
+        sizes = sizes_beside(args.kind, beside[1], beside[0])
         origins += [beside[0].name] if sizes else []
     if args.config is not None:
         sizes = merged(sizes, _config_values(args.config))
@@ -181,8 +197,7 @@ def _config_values(text: str) -> dict[str, Any]:
             isinstance(values.get(section, {}), dict) for section in ("vision", "text")
         ):
             raise ValueError(f'--config {path}: expected a JSON object such as {{"vision": {{}}}}')
-    # a whole configuration says its form and decoder too: those follow from FILE and --form
-    return {key: value for key, value in values.items() if key not in ("form", "decoder")}
+    return {key: value for key, value in values.items() if key not in _NOT_SIZES}
 
 
 def _write(out: Path, args: argparse.Namespace, made: Conversion) -> None:
@@ -230,13 +245,14 @@ def _back(args: argparse.Namespace) -> int:
     if args.out is None or args.out.is_dir():
         raise ValueError(f"--out: name the file to write ({BACK} writes one file)")
     model = from_pretrained(args.file)
-    state = to_published(model.state_dict())
+    state, config = to_published(model.state_dict()), model.config.to_dict()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     partial = args.out.with_name(f".{args.out.name}.partial")
     if args.out.suffix == ".safetensors":  # has no shared tensors: tied copies are written twice
-        save_file({key: value.clone() for key, value in state.items()}, partial)
+        metadata = {"format": "pt", "config": json.dumps(config)}
+        save_file({key: value.clone() for key, value in state.items()}, partial, metadata)
     else:
-        torch.save({"model": state, "config": model.config.to_dict()}, partial)
+        torch.save({"model": state, "config": config}, partial)
     os.replace(partial, args.out)
     print(f"{args.out}: form {model.config.form}, {len(state)} keys under X-VLM's names")
     return 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.importers.annotations import coco_names, one_line
 from data_pipeline.importers.common import Counts, ImportItem, PictureFinder, run_import
 from data_pipeline.importers.json_stream import read_lists
 from data_pipeline.shards import dump_json
@@ -50,8 +51,9 @@ class Instances:
     crowds: int = 0
 
 
-def _clean(caption: Any) -> str:
-    return " ".join(str(caption).split())
+def _names(name: str) -> tuple[str, ...]:
+    """Pictures of 2014 may lie in folders of theirs, or under their names of 2017."""
+    return coco_names(name) if name.startswith("COCO_") else (name,)
 
 
 def _size(entry: dict[str, Any]) -> tuple[int, int] | None:
@@ -71,7 +73,7 @@ def read_captions(file: Path) -> tuple[list[CocoImage], Counter[str]]:
     def image(place: int, entry: Any) -> None:
         try:
             number = int(entry["id"])
-            found = CocoImage(number, (str(entry["file_name"]),), _size(entry))
+            found = CocoImage(number, _names(str(entry["file_name"])), _size(entry))
         except (TypeError, KeyError, ValueError):
             raise ValueError(f"{file}: images[{place}] needs 'id' and 'file_name'") from None
         if number in images:
@@ -80,7 +82,7 @@ def read_captions(file: Path) -> tuple[list[CocoImage], Counter[str]]:
 
     def annotation(place: int, entry: Any) -> None:
         try:
-            number, text = int(entry["image_id"]), _clean(entry["caption"])
+            number, text = int(entry["image_id"]), one_line(str(entry["caption"]))
         except (TypeError, KeyError, ValueError):
             raise ValueError(
                 f"{file}: annotations[{place}] needs 'image_id' and 'caption'"
@@ -120,11 +122,11 @@ def read_karpathy(file: Path, splits: Sequence[str]) -> tuple[list[CocoImage], C
     def image(place: int, entry: Any) -> None:
         try:
             split, number = entry["split"], int(entry["cocoid"])
-            name, folder = str(entry["filename"]), str(entry["filepath"])
-            texts = [_clean(sentence["raw"]) for sentence in entry["sentences"]]
+            names = _names(str(entry["filename"]))
+            texts = [one_line(str(sentence["raw"])) for sentence in entry["sentences"]]
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(
-                f"{file}: images[{place}] needs 'split', 'cocoid', 'filepath', 'filename' and "
+                f"{file}: images[{place}] needs 'split', 'cocoid', 'filename' and "
                 f"'sentences' with 'raw' ({error!r})"
             ) from None
         if split not in splits:
@@ -134,8 +136,6 @@ def read_karpathy(file: Path, splits: Sequence[str]) -> tuple[list[CocoImage], C
         if not captions:
             left_out["images_without_caption"] += 1
             return
-        # The same pictures were published again in 2017, under other names.
-        names = (f"{folder}/{name}", name, f"{number:012d}.jpg")
         images.append(CocoImage(number, names, None, captions))
 
     read_lists(file, {"images": image})
@@ -166,7 +166,7 @@ def read_instances(files: Sequence[Path]) -> Instances:
             place: int, entry: Any, file: Path = file, known: dict[Any, str] = categories
         ) -> None:
             try:
-                known[entry["id"]] = _clean(entry["name"])
+                known[entry["id"]] = one_line(str(entry["name"]))
             except (TypeError, KeyError):
                 raise ValueError(f"{file}: categories[{place}] needs 'id' and 'name'") from None
 

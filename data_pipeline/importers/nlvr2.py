@@ -115,10 +115,9 @@ def build_nlvr2(
     Raises: ValueError / FileNotFoundError naming file, line and remedy.
     """
     finder = PictureFinder(images)
-    pairs = read_pairs(statements)
     return run_import(
         "nlvr2",
-        [_item(pair, finder) for pair in pairs],
+        [_item(pair, finder) for pair in read_pairs(statements)],
         out,
         task="nlvr2",
         split=split,
@@ -128,5 +127,4 @@ def build_nlvr2(
         per_shard=per_shard,
         processes=processes,
         skip_bad=skip_bad,
-        left_out={"statements": sum(len(pair.statements) for pair in pairs)},
     )

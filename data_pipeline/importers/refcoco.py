@@ -130,7 +130,7 @@ def read_referred(refs: Path, instances: Path, split: str) -> tuple[list[Referre
         referred = found.setdefault(image, images[image])
         for said in source.field(ref, "sentences", list, where):
             text = source.one_line(source.field(said, "sent", str, f"{where}.sentences"))
-            counts["expressions" if text else "expressions_empty"] += 1
+            counts["expressions_empty"] += not text
             if text:
                 ids = {"ref_id": ref.get("ref_id"), "sent_id": said.get("sent_id")}
                 referred.expressions.append({"text": text, "bb": box} | ids)

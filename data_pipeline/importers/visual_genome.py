@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.importers.annotations import one_line
 from data_pipeline.importers.common import Counts, ImportItem, PictureFinder, run_import
 from data_pipeline.importers.json_stream import read_list
 from data_pipeline.shards import dump_json
@@ -53,10 +54,6 @@ class GenomeImage:
     folder: str
     size: tuple[int, int]
     coco: int | None
-
-
-def _text(value: Any) -> str:
-    return " ".join(str(value).split())
 
 
 def _number(entry: Any, file: Path, place: int) -> int:
@@ -140,7 +137,7 @@ def _read_attributes(file: Path, known: set[int], left_out: Counter[str]) -> dic
     """JSON of {object id: attributes} by image."""
 
     def read(row: dict[str, Any]) -> tuple[str, list[str]]:
-        found = [_text(name) for name in row.get("attributes") or ()]
+        found = [one_line(name) for name in row.get("attributes") or ()]
         return str(row["object_id"]), [name for name in dict.fromkeys(found) if name]
 
     packed = {}
@@ -157,7 +154,7 @@ def _read_objects(
     """Region elements of objects by image. `attributes` are used up."""
 
     def read(row: dict[str, Any]) -> tuple[str, list[str], list[Any]]:
-        wordings = [name for name in map(_text, row["names"]) if name]
+        wordings = [name for name in map(one_line, row["names"]) if name]
         return str(row["object_id"]), wordings, [row["x"], row["y"], row["w"], row["h"]]
 
     packed = {}
@@ -180,7 +177,7 @@ def _read_regions(
     """Region elements of phrases by image, or the different phrases alone."""
 
     def read(row: dict[str, Any]) -> tuple[str, list[Any]]:
-        return _text(row["phrase"]), [row["x"], row["y"], row["width"], row["height"]]
+        return one_line(row["phrase"]), [row["x"], row["y"], row["width"], row["height"]]
 
     packed = {}
     for number, rows in _per_image(file, "regions", known, left_out):
@@ -200,8 +197,8 @@ def _read_questions(file: Path, known: set[int], left_out: Counter[str]) -> dict
     """Questions by image. Answers are lower-case, without a full stop at the end, as VQA's."""
 
     def read(row: dict[str, Any]) -> tuple[int, str, str]:
-        answer = _text(row["answer"]).removesuffix(".").strip().lower()
-        return int(row["qa_id"]), _text(row["question"]), answer
+        answer = one_line(row["answer"]).removesuffix(".").strip().lower()
+        return int(row["qa_id"]), one_line(row["question"]), answer
 
     packed = {}
     for number, rows in _per_image(file, "qas", known, left_out):

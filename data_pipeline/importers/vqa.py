@@ -136,7 +136,6 @@ def _read(questions: Sequence[Path], annotations: Sequence[Path]) -> _Split:
             split.by_image.setdefault(asked.image, []).append(asked)
     if not seen:
         raise ValueError(f"{questions[0]}: no questions in it")
-    split.counts["questions"] = len(seen)
     split.counts["annotations_without_question"] = len(split.answered.keys() - seen)
     return split
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from models.config import TextConfig
 from models.initialise import default_map
 from models.xvlm import XVLM
 
-__all__ = ["config_of", "from_bert", "load", "sizes_of"]
+__all__ = ["config_of", "from_bert", "load"]
 
 _NAMES = {
     "embeddings.word_embeddings": "text.embeddings.word",
@@ -49,7 +48,6 @@ _IGNORED = re.compile(
     r"pooler\..*|cls\.seq_relationship\..*|.*position_ids|cls\.predictions\.decoder\..*"
 )
 _KINDS = {"gamma": "weight", "beta": "bias"}
-_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _WORD = "embeddings.word_embeddings.weight"
 _HEAD = "cls.predictions"
 
@@ -153,32 +151,6 @@ def config_of(
         cross_heads=(heads,) * (layers - layers // 2),
         ffn=tuple(4 * width if unit is None else unit.shape[0] for unit in units),
     )
-
-
-def sizes_of(config: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
-    """What transformers' BertConfig says beyond the weights, as values of a `TextConfig`.
-
-    Raises:
-        ValueError: on a kind of BERT that the text stack is not.
-    """
-    if config.get("model_type") != "bert":
-        raise ValueError(f"{where}: model_type {config.get('model_type')!r}, expected 'bert'")
-    if config.get("position_embedding_type", "absolute") != "absolute":
-        raise ValueError(f"{where}: position_embedding_type must be 'absolute'")
-    activation = config.get("hidden_act", "gelu")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"{where}: hidden_act {activation!r} is none of {sorted(_ACTIVATIONS)}")
-    values: dict[str, Any] = {"activation": _ACTIVATIONS[activation]}
-    if {"hidden_size", "num_attention_heads"} <= config.keys():
-        values["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-    names = {
-        "layer_norm_eps": "norm_eps",
-        "hidden_dropout_prob": "dropout",
-        "attention_probs_dropout_prob": "attention_dropout",
-        "pad_token_id": "pad_id",
-        "initializer_range": "init_std",
-    }
-    return values | {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
 
 
 def load(

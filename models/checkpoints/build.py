@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from models.backbones import hf_fields
 from models.checkpoints import bert, clip, timm, xvlm
 from models.checkpoints.conversion import ConversionReport, fit_positions
 from models.config import ModelConfig
-from models.initialise import task_form_from_pretrained
+from models.initialise import task_form
 from models.xvlm import XVLM
 
 __all__ = [
@@ -37,9 +38,11 @@ __all__ = [
 
 KINDS = ("xvlm", "clip", "bert", "timm")
 RECORD = "conversion.json"
+_SECTION = {"clip": "vision", "timm": "vision", "bert": "text"}
 _POSITION = "vision.embeddings.position"
 # what no tensor shows, by the section of the configuration that a kind fills
 _UNSEEN = ("head_dim", "activation", "norm_eps")
+_OF_BERT = (*_UNSEEN, "dropout", "attention_dropout", "pad_id", "init_std")
 
 
 @dataclass(frozen=True)
@@ -131,34 +134,50 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 def _config(
     kind: str, state: Mapping[str, Tensor], options: Options, base: XVLM | None, where: str
 ) -> ModelConfig:
-    """Sizes of the base or of the tensors, changed by the options."""
-    vision, text = options.sizes.get("vision", {}), options.sizes.get("text", {})
-    region = vision.get("region_layers")
-    head_dim = vision.get("head_dim", 64)
+    """Sizes of the base or of the tensors, changed by the options; a backbone's name stands for all
+    sizes of its section.
+    """
+    named = [s for s in ("vision", "text") if options.sizes.get(s, {}).get("backbone")]
     if base is not None:
         found = base.config
-    elif kind == "xvlm":
-        found = xvlm.config_of(
+    elif _SECTION.get(kind) in named:
+        found = ModelConfig()
+    else:
+        found = _shown(kind, state, options.sizes, where)
+    values = found.to_dict()
+    for section in named:  # `ModelConfig.from_dict` writes the other fields out
+        values[section] = {}
+    if "vision" in named:
+        del values["image_mean"], values["image_std"]
+    values = merged(values, options.sizes)
+    config = ModelConfig.from_dict(values, where=f"{where}: sizes")
+    if options.image_size is None:
+        return config
+    return replace(config, vision=replace(config.vision, image_size=options.image_size))
+
+
+def _shown(
+    kind: str, state: Mapping[str, Tensor], sizes: Mapping[str, Any], where: str
+) -> ModelConfig:
+    """The configuration that the tensors show, with the head sizes given."""
+    vision, text = sizes.get("vision", {}), sizes.get("text", {})
+    region, head_dim = vision.get("region_layers"), vision.get("head_dim", 64)
+    if kind == "xvlm":
+        return xvlm.config_of(
             state,
             head_dim=text.get("head_dim", 64),
             vision_head_dim=head_dim,
             region_layers=region,
             where=where,
         )
-    elif kind == "bert":
-        found = ModelConfig(
-            text=bert.config_of(state, head_dim=text.get("head_dim", 64), where=where)
-        )
-    elif kind == "clip":
-        found = ModelConfig(
-            vision=clip.config_of(state, head_dim=head_dim, region_layers=region, where=where)
-        )
+    if kind == "bert":
+        head_dim = text.get("head_dim", 64)
+        return ModelConfig(text=bert.config_of(state, head_dim=head_dim, where=where))
+    if kind == "clip":
+        found = clip.config_of(state, head_dim=head_dim, region_layers=region, where=where)
     else:
-        found = ModelConfig(vision=timm.config_of(state, head_dim=head_dim, region_layers=region))
-    values = merged(found.to_dict(), options.sizes)
-    if options.image_size is not None:
-        values["vision"]["image_size"] = options.image_size
-    return ModelConfig.from_dict(values, where=f"{where}: sizes")
+        found = timm.config_of(state, head_dim=head_dim, region_layers=region)
+    return ModelConfig(vision=found)
 
 
 def _copy_base(model: XVLM, base: XVLM, base_fresh: set[str]) -> set[str]:
@@ -191,7 +210,9 @@ def _load(
         "where": where,
     }
     if kind == "bert":
-        return bert.load(model, state, options.layer_map, **allow)
+        report = bert.load(model, state, options.layer_map, **allow)
+        report.missing = [k for k in report.missing if k.startswith(("text.", "mlm_head."))]
+        return report
     if kind == "clip":
         # keys of the encoder lie below `vision.` in the model
         allow["allow_missing"] = [key.removeprefix("vision.") for key in options.allow_missing]
@@ -206,7 +227,8 @@ def _load(
 
 def _assumed(kind: str, config: ModelConfig, options: Options) -> list[str]:
     """One note on the values that neither the tensors nor the sizes gave."""
-    sections = {"xvlm": ("vision", "text"), "bert": ("text",)}.get(kind, ("vision",))
+    filled = [_SECTION[kind]] if kind in _SECTION else ["vision", "text"]
+    sections = [s for s in filled if not options.sizes.get(s, {}).get("backbone")]
     taken = [
         f"{section}.{name} {getattr(getattr(config, section), name)}"
         for section in sections
@@ -217,35 +239,30 @@ def _assumed(kind: str, config: ModelConfig, options: Options) -> list[str]:
 
 
 def _as_form(model: XVLM, form: str, fresh: set[str]) -> tuple[XVLM, set[str]]:
-    """The task form, and its fresh keys: those that were, and modules that nothing starts."""
-    result = task_form_from_pretrained(model, form)
-    before = model.state_dict()
-    derived = ("decoder.", "lm_head.")
-    unstarted = {key for key in result.state_dict() if key not in before}
-    return result, {
-        key
-        for key in result.state_dict()
-        if key in fresh or (key in unstarted and not key.startswith(derived))
-    }
+    """The task form, and its fresh keys: those that come from fresh ones, or from none."""
+    result, report = task_form(model, form)
+    return result, set(report.fresh) | {new for new, old in report.mapped.items() if old in fresh}
 
 
-def sizes_beside(kind: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Values of a `ModelConfig` from the config.json beside a foreign weight file.
+def sizes_beside(kind: str, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Values of a `ModelConfig` from the config.json that lies beside a foreign weight file.
 
     Raises:
-        ValueError: when it describes another kind of model.
+        ValueError: when it describes a model that the encoder here is not.
     """
-    readers: dict[str, tuple[str, Callable[..., dict[str, Any]]]] = {
-        "clip": ("vision", clip.sizes_of),
-        "bert": ("text", bert.sizes_of),
-    }
-    if kind in readers:
-        section, read = readers[kind]
-        return {section: read(config, where)}
-    shown = config.get("pretrained_cfg", config)
-    if kind == "timm" and {"mean", "std"} <= shown.keys():
-        return {"image_mean": shown["mean"], "image_std": shown["std"]}
-    return {}
+    if kind == "clip":
+        return {"vision": clip.sizes_of(config, str(path))}
+    if kind == "bert":
+        fields = hf_fields(path)
+        return {"text": {name: fields[name] for name in _OF_BERT}}
+    values: dict[str, Any] = {}
+    if kind == "timm":
+        shown = config.get("pretrained_cfg", config)
+        if {"mean", "std"} <= shown.keys():
+            values = {"image_mean": shown["mean"], "image_std": shown["std"]}
+        if "architecture" in config:
+            values["vision"] = {"backbone": f"timm/{config['architecture']}"}
+    return values
 
 
 def fresh_keys(folder: Path) -> set[str]:

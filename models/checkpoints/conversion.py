@@ -101,16 +101,17 @@ def check_tied(state: Mapping[str, Tensor], copy: str, original: str, where: str
         )
 
 
-def grid_of(positions: Tensor, where: str) -> int:
-    """Patches per side of a position table (1 + g*g, D).
+def grid_of(positions: Tensor, where: str, prefix: int = 1) -> int:
+    """Patches per side of a position table (prefix + g*g, D).
 
     Raises:
         ValueError: when the patches do not fill a square.
     """
-    grid = round((positions.shape[0] - 1) ** 0.5)
-    if positions.ndim != 2 or 1 + grid * grid != positions.shape[0]:
+    grid = round(max(0, positions.shape[0] - prefix) ** 0.5)
+    if positions.ndim != 2 or prefix + grid * grid != positions.shape[0]:
+        first = "a class token" if prefix == 1 else f"{prefix} tokens"
         raise ValueError(
-            f"{where}: position table of shape {tuple(positions.shape)} is not a class token and a "
+            f"{where}: position table of shape {tuple(positions.shape)} is not {first} and a "
             "square of patches"
         )
     return grid
@@ -123,16 +124,17 @@ def fit_positions(
     vision: VisionConfig,
     where: str,
 ) -> None:
-    """Resamples a converted position table (1 + g*g, D) to the image size of `vision`, in place.
+    """Resamples a converted position table to the image size of `vision`, in place. Its rows in
+    front of the patches (`VisionConfig.position_prefix`) are kept.
 
     Raises:
         ValueError: when its patches do not fill a square.
     """
     if key not in converted or converted[key].shape[0] == vision.position_rows:
         return
-    grid_of(converted[key], where)
+    grid_of(converted[key], where, vision.position_prefix)
     grid = vision.image_size // vision.patch_size
-    converted[key] = resize_positions(converted[key].float(), grid)
+    converted[key] = resize_positions(converted[key].float(), grid, vision.position_prefix)
     report.resized.append(key)
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["foreign_config", "read_weights", "weight_file"]
+__all__ = ["Weights", "foreign_config", "read_checkpoint", "read_weights", "weight_file"]
 
 _FOLDER_NAMES = (
     "model.safetensors",
@@ -28,6 +29,18 @@ _FOLDER_NAMES = (
 )
 _WRAPPERS = ("model", "state_dict")
 _DATA_PARALLEL = "module."
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a weight file holds.
+
+    Attributes:
+        state: tensors on the CPU.   config: the "config" entry stored beside them, {} without one.
+    """
+
+    state: dict[str, Tensor]
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def weight_file(path: str | Path) -> Path:
@@ -48,6 +61,11 @@ def weight_file(path: str | Path) -> Path:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict of a weight file, see `read_checkpoint`."""
+    return read_checkpoint(path).state
+
+
+def read_checkpoint(path: str | Path) -> Weights:
     """A state dict on the CPU, read without running any code that the file may hold.
 
     Args:
@@ -61,34 +79,40 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = weight_file(path)
     if path.name.endswith(".index.json"):
-        state = _read_shards(path)
+        read = Weights(_read_shards(path))
     elif path.suffix == ".safetensors":
-        state = _read_safetensors(path)
+        read = _read_safetensors(path)
     else:
-        state = _read_torch(path)
-    if all(key.startswith(_DATA_PARALLEL) for key in state):
-        state = {key.removeprefix(_DATA_PARALLEL): value for key, value in state.items()}
-    return state
+        read = _read_torch(path)
+    if not all(key.startswith(_DATA_PARALLEL) for key in read.state):
+        return read
+    plain = {key.removeprefix(_DATA_PARALLEL): value for key, value in read.state.items()}
+    return Weights(plain, read.config)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> Weights:
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        with safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {}).get("config", "{}"))
+        return Weights(load_file(path), config if isinstance(config, dict) else {})
+    except (SafetensorError, ValueError) as error:  # damaged, or metadata that is not JSON
         raise ValueError(f"{path}: not a readable weight file: {error}") from error
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
+def _read_torch(path: Path) -> Weights:
+    config: dict[str, Any] = {}
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise whatever the unpickler stumbles over
         raise ValueError(f"{path}: not a readable weight file: {_reason(error)}") from error
     for wrapper in _WRAPPERS:
         if isinstance(values, dict) and isinstance(values.get(wrapper), dict):
+            config = values["config"] if isinstance(values.get("config"), dict) else config
             values = values[wrapper]
     if not isinstance(values, dict) or not any(isinstance(v, Tensor) for v in values.values()):
         raise ValueError(f"{path}: holds no state dict of tensors")
-    return {str(key): value for key, value in values.items() if isinstance(value, Tensor)}
+    state = {str(key): value for key, value in values.items() if isinstance(value, Tensor)}
+    return Weights(state, config)
 
 
 def _reason(error: Exception) -> str:
@@ -124,10 +148,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         shard = index.parent / name
         if not shard.is_file():
             raise FileNotFoundError(f"{shard}: missing; {index.name} names it")
-        read: Callable[[Path], dict[str, Tensor]] = (
+        read: Callable[[Path], Weights] = (
             _read_safetensors if name.endswith(".safetensors") else _read_torch
         )
-        found = read(shard)
+        found = read(shard).state
         if keys - found.keys():
             gone = min(keys - found.keys())
             raise ValueError(f"{shard}: {gone} is missing; {index.name} says it is there")

@@ -68,6 +68,19 @@ def test_mpi(
     assert "PYTHONPATH" in words
 
 
+def test_data_verbs_spread_through_mpi_only(capsys: pytest.CaptureFixture[str]) -> None:
+    words = printed(capsys, "--mpi", "-n", "4", "--dry-run", "--", "data", "index", "folder")
+    assert words[words.index("-n") + 1] == "4"
+    assert words[-5:] == ["-m", "train.main", "data", "index", "folder"]
+    for arguments, complaint in (
+        (["-n", "2", "--dry-run", "--", "data", "index", "folder"], "launch --mpi -- data index"),
+        (["--slurm", "--dry-run", "--", "data", "index", "folder"], "launch --mpi -- data index"),
+        (["--mpi", "-n", "2", "--dry-run", "--", "data", "verify", "x"], "espalier data verify x"),
+    ):
+        assert run(arguments) == 2
+        assert complaint in capsys.readouterr().err
+
+
 def test_slurm_script(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "--slurm",

@@ -1,15 +1,13 @@
-"""The vision encoder: region batches, sizes, normalisation; and agreement with timm's ViT."""
+"""The vision encoder: region batches, sizes, normalisation, prefix tokens and pooling."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
-import timm
 import torch
 
 from models import presets
-from models.checkpoints import timm as converter
 from models.outputs import Capture
 from models.vision import VisionEncoder, resize_positions
 from models.xvlm import XVLM
@@ -100,59 +98,115 @@ def test_resizing_positions_keeps_the_class_row():
     assert torch.equal(resize_positions(positions, 4), positions)
 
 
-@pytest.mark.parametrize(
-    ("name", "extra", "ours"),
-    [
-        ("vit_tiny_patch16_224", {}, {}),
-        ("vit_tiny_patch16_224", {"pre_norm": True, "init_values": 0.1}, {}),
-        (
-            "vit_base_patch16_clip_quickgelu_224",
-            {"depth": 2, "img_size": 64},
-            {"activation": "quick_gelu", "norm_eps": 1e-5},
-        ),
-    ],
-)
-@torch.no_grad()
-def test_a_timm_vit_loads_and_agrees(name, extra, ours):
+def region_batch(encoder: VisionEncoder) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    size = encoder.config.image_size
+    mask = torch.rand(3, encoder.config.output_tokens) > 0.5
+    mask[:, :2] = True
+    return torch.randn(2, 3, size, size), mask, torch.tensor([1, 0, 1])
+
+
+VARIANTS = {
+    "registers": {"register_tokens": 3},
+    "registers without positions": {"register_tokens": 2, "prefix_positions": False},
+    "mean": {"class_token": False, "pooling": "mean"},
+    "mean beside a class token": {"pooling": "mean", "final_norm": "pooled"},
+    "attention pooling": {"class_token": False, "pooling": "map", "pool_ffn": 24},
+    "registers only": {"class_token": False, "register_tokens": 1, "pooling": "mean"},
+    "class token with a norm of its own": {"final_norm": "pooled"},
+    "no final norm": {"final_norm": "none", "qkv_bias": False, "patch_bias": True},
+}
+
+
+def variant(name: str, **changes) -> VisionEncoder:
     torch.manual_seed(0)
-    extra = {"img_size": 64, "depth": 3, **extra}
-    foreign = timm.create_model(name, pretrained=False, num_classes=7, **extra).eval()
-    for parameter in foreign.parameters():  # biases, norms and scales are trivial when fresh
-        parameter.add_(0.02 * torch.randn_like(parameter))
-    state = foreign.state_dict()
-    encoder = VisionEncoder(converter.config_of(state, **ours)).eval()
-    report = converter.load(encoder, state)
-    assert report.missing == [] and report.unexpected == [] and "head.weight" in report.ignored
-    images = torch.randn(2, 3, 64, 64)
-    expected = foreign.forward_features(images)
-    torch.testing.assert_close(encoder(images).last, expected, atol=1e-5, rtol=1e-4)
+    config = presets.config("blocksworld-micro-teacher").vision
+    encoder = VisionEncoder(replace(config, **VARIANTS[name], **changes)).eval()
+    encoder.initialise()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return encoder
 
 
-def test_timm_errors_name_the_keys():
-    foreign = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
-    state = dict(foreign.state_dict())
-    encoder = VisionEncoder(converter.config_of(state))
-    state["reg_token"] = torch.zeros(1, 4, 192)
-    with pytest.raises(ValueError, match="unexpected reg_token"):
-        converter.load(encoder, state)
-    del state["blocks.0.mlp.fc2.bias"]
-    with pytest.raises(ValueError, match=r"missing blocks\.0\.ffn\.fc2\.bias"):
-        converter.load(encoder, state, allow_unexpected=True)
-    report = converter.load(
-        encoder, state, allow_unexpected=True, allow_missing=["blocks.0.ffn.fc2"]
-    )
-    assert report.missing == ["blocks.0.ffn.fc2.bias"] and report.unexpected == ["reg_token"]
-    with pytest.raises(ValueError, match="cls_token is missing"):
-        converter.config_of({})
+def by_hand(encoder: VisionEncoder, image: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """One image, one row: token by token, blocks with and without the mask, then pooling."""
+    config, parts = encoder.config, encoder.embeddings
+    patches = parts.patch(image[None])[0]
+    prefix = [] if parts.class_token is None else [parts.class_token]
+    prefix += [] if parts.registers is None else list(parts.registers)
+    if config.prefix_positions:
+        x = torch.stack([*prefix, *patches]) + parts.position
+    else:
+        x = torch.stack([*prefix, *(patches + parts.position)])
+    x = parts.norm(x)[None]
+    keys = torch.cat([torch.ones(len(prefix), dtype=torch.bool), visible])[None]
+    for index, block in enumerate(encoder.blocks):
+        masked = index >= config.layers - config.region_layers
+        x, _ = block(x, keys if masked else None)
+    x = encoder.norm(x[0]) if config.final_norm == "tokens" else x[0]
+    patches = x[len(prefix) :]
+    shown = patches[visible]
+    if config.pooling == "class":
+        first = x[0]
+    elif encoder.pool is not None:
+        first = encoder.pool(shown[None])[0, 0]
+    else:
+        first = shown.mean(dim=0)
+    if config.final_norm == "pooled":
+        first = encoder.norm(first)
+    return torch.stack([first, *patches])
 
 
-def test_timm_positions_follow_the_image_size():
-    foreign = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
-    state = foreign.state_dict()
-    encoder = VisionEncoder(replace(converter.config_of(state), image_size=64))
-    assert converter.load(encoder, state).resized == ["embeddings.position"]
-    expected = resize_positions(state["pos_embed"][0], 4)
-    assert torch.equal(encoder.embeddings.position, expected)
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("region_layers", [2, 0])
+@torch.no_grad()
+def test_what_leaves_the_encoder_is_one_token_and_the_patches(name, region_layers):
+    encoder = variant(name, region_layers=region_layers)
+    images, mask, index = region_batch(encoder)
+    output = encoder(images, None, mask, index)
+    assert output.full.shape == (2, 37, 32) and output.rows.last.shape == (3, 37, 32)
+    full = torch.ones(36, dtype=torch.bool)
+    for row, image in enumerate(images):
+        torch.testing.assert_close(output.full[row], by_hand(encoder, image, full))
+    for row in range(3):
+        expected = by_hand(encoder, images[index[row]], mask[row, 1:])
+        torch.testing.assert_close(output.rows.last[row], expected)
+    torch.testing.assert_close(encoder(images).last, output.full)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_weight_gets_a_gradient(name):
+    encoder = variant(name)
+    images, mask, index = region_batch(encoder)
+    output = encoder(images, None, mask, index)
+    (output.rows.last.pow(3).sum() + output.full.pow(3).sum()).backward()
+    unused = {key for key, value in encoder.named_parameters() if value.grad is None}
+    assert unused == set()
+
+
+def test_hidden_states_hold_all_tokens_of_the_blocks():
+    encoder = variant("registers")
+    assert (encoder.config.tokens, encoder.config.output_tokens) == (40, 37)
+    images, mask, index = region_batch(encoder)
+    output = encoder(images, Capture.of([0, 4], [3]), mask, index).rows
+    assert output.hidden[0].shape == (2, 40, 32) and output.hidden[4].shape == (5, 40, 32)
+    seen = output.attention[3].key_mask[:3]
+    assert seen[:, :4].all() and torch.equal(seen[:, 4:], mask[:, 1:])
+
+
+def test_region_masks_of_another_grid_are_refused():
+    encoder = variant("registers")
+    images, mask, index = region_batch(encoder)
+    with pytest.raises(ValueError, match="40 columns, the model expects 37"):
+        encoder(images, None, torch.cat([mask, mask[:, :3]], dim=1), index)
+
+
+def test_resizing_keeps_as_many_rows_as_stand_in_front():
+    positions = torch.randn(3 + 16, 4)
+    resized = resize_positions(positions, 6, prefix=3)
+    assert resized.shape == (39, 4) and torch.equal(resized[:3], positions[:3])
+    assert torch.equal(resized[3:], resize_positions(positions[2:], 6)[1:])
+    assert torch.equal(resized[3:], resize_positions(positions[3:], 6, prefix=0))
 
 
 def test_stochastic_depth_only_while_training():
