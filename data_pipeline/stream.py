@@ -66,12 +66,6 @@ class ShardReader:
             return self._open[name]
         manifest, storage = self._place(dataset)
         file = storage.open(manifest, shard)
-        if len(file.index) != manifest.shards[shard].samples:
-            file.close()
-            raise ShardError(
-                f"{file.name}: the index has {len(file.index)} samples, the manifest "
-                f"{manifest.shards[shard].samples}; run: espalier data index {manifest.location}"
-            )
         self._open[name] = file
         while len(self._open) > _OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
@@ -109,7 +103,7 @@ class ShardReader:
         return self._place(dataset)[0].remote
 
     def announce(self, dataset: int, shards: Sequence[int]) -> None:
-        """Says which shards are needed next, so that a remote storage can fetch them."""
+        """Says which shards are needed, in order, so that a remote storage can fetch them."""
         manifest, storage = self._place(dataset)
         storage.prefetch(manifest, shards)
 
@@ -149,7 +143,8 @@ class PlannedSource(IterableDataset):
         self.step_samples = batch * ranks
         self.start = start
         self.steps = steps
-        self._announced: dict[tuple[int, int], tuple[int, int]] = {}
+        # By data set and group: the window in use, its shards, and those of the next one.
+        self._announced: dict[int, dict[int, tuple[tuple[int, int], list[int], list[int]]]] = {}
 
     def positions(self, step: int) -> tuple[int, ...]:
         """Stream positions of this rank in micro-batch `step` of this run."""
@@ -167,19 +162,24 @@ class PlannedSource(IterableDataset):
         return sample | {"__position__": position, "__attempt__": 0, "__valid__": valid}
 
     def _announce(self, position: int) -> None:
-        """On entering a window, its shards and those of the next one are announced."""
+        """On entering a window, the shards of all windows in use and of those after them are
+        announced.
+        """
         slot = self.mixture.slot(position)
         if not self.reader.remote(slot.dataset):
             return
         plan = self.mixture.plan(slot.dataset)
-        window = plan.window_of(slot.place, slot.group)
-        stream = (slot.dataset, slot.group)
-        if self._announced.get(stream) == window:
+        epoch, number = window = plan.window_of(slot.place, slot.group)
+        known = self._announced.setdefault(slot.dataset, {})
+        if slot.group in known and known[slot.group][0] == window:
             return
-        self._announced[stream] = window
-        epoch, number = window
-        near = plan.window_shards(epoch, slot.group, number)
-        far = plan.window_shards(epoch, slot.group, number + 1)
+        known[slot.group] = (
+            window,
+            plan.window_shards(epoch, slot.group, number),
+            plan.window_shards(epoch, slot.group, number + 1),
+        )
+        near = [shard for _, now, _ in known.values() for shard in now]
+        far = [shard for _, _, coming in known.values() for shard in coming]
         self.reader.announce(slot.dataset, list(dict.fromkeys(near + far)))
 
     def substitute(self, sample: Sample) -> Sample:

@@ -2,10 +2,10 @@
 
     RANK=... python -m tests.distributed.kill_job FOLDER OUT --steps N ...
 
-Each step of each rank appends one line to OUT/rank_R_of_M.log: step, and for every row its key and a
-hash of its pixels and text, taken from the batch. Rank 0 prints a line a step, for who waits. The cursor is saved after every step by rank 0,
-atomically, when all ranks have logged the step: lines of steps
-behind it are written again after a restart.
+Each step of each rank appends one line to OUT/rank_R_of_M.log: the step, and for every row its key
+and a hash of its pixels and text, taken from the batch. The cursor is saved after every step by
+rank 0, atomically, when all ranks have logged the step; steps behind it are logged again after a
+restart. Rank 0 prints a line a step, for who waits.
 """
 
 from __future__ import annotations

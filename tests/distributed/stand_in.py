@@ -102,7 +102,7 @@ class TinyLoader:
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], rebase: bool = False) -> None:
         self.position = state["position"]
 
     def __iter__(self) -> Iterator[Batch]:

@@ -295,7 +295,7 @@ def _faults(run: Run) -> dict[str, int]:
     counts = torch.tensor(list(own.values()), dtype=torch.float64, device=run.engine.device)
     if run.dist.world_size > 1:
         dist.all_reduce(counts)
-    return {kind: int(n) for kind, n in zip(own, counts.tolist(), strict=True) if n}
+    return {kind: int(n) for kind, n in zip(own, counts.tolist(), strict=True)}
 
 
 def _finish(run: Run, progress: Progress) -> None:

@@ -14,7 +14,7 @@ from data_pipeline.decode import decode_image
 from data_pipeline.loader import build_loader
 from data_pipeline.text import IGNORE, clean_text
 
-REGION = SimpleNamespace(images=6, rows=16, max_regions=4, min_fraction_in_crop=0.5)
+REGION = SimpleNamespace(images=6, rows=16, max_regions=4, min_fraction_in_crop=0.5, unit_images=0)
 
 
 def first(task, folder, tokenizer, **options):

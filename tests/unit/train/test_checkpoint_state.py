@@ -24,7 +24,7 @@ class _Gates:
     def state_dict(self) -> dict[str, Any]:
         return self.values
 
-    def load_state_dict(self, values: dict[str, Any]) -> None:
+    def load_state_dict(self, values: dict[str, Any], rebase: bool = False) -> None:
         self.values = values
 
 

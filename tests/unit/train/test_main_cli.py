@@ -86,12 +86,13 @@ def test_a_stage_gets_its_configuration_and_its_code_comes_back(
         "optim.lr=0.5",
         "--dry-run",
         "seed=3",
+        "--rebase",
         "--resume",
         "x",
     ]
     assert cli.main([*local_rank, *rest]) == code
-    config, resume, dry_run = seen[0]
-    assert (config.optim.lr, config.seed, resume, dry_run) == (0.5, 3, "x", True)
+    config, resume, dry_run, rebase = seen[0]
+    assert (config.optim.lr, config.seed, resume, dry_run, rebase) == (0.5, 3, "x", True, True)
 
 
 @pytest.mark.parametrize("error", [ValueError("key: bad"), FileNotFoundError("data: gone")])
