@@ -78,8 +78,10 @@ def resolve(values: Mapping[str, Any], where: str = "model config") -> dict[str,
             raise ValueError(f"{place}: write {wanted}")
         try:
             found = timm_fields(rest) if section == "vision" else hf_fields(Path(rest))
-        except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{place}: {error}") from error
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{place}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
         if section == "vision":
             for key in ("image_mean", "image_std"):
                 result.setdefault(key, found.pop(key))
@@ -280,11 +282,14 @@ def hf_fields(path: Path) -> dict[str, Any]:
             f"{file}: model_type {kind!r}{reason} is not supported; BERT-like encoders are: "
             f"{', '.join(_BERT_LIKE)}"
         )
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.for_model(
-        kind, **{k: v for k, v in values.items() if k != "model_type"}
-    )
+    given = {key: value for key, value in values.items() if key != "model_type"}
+    try:
+        config: Any = AutoConfig.for_model(kind, **given)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
     return _bert_fields(kind, config, str(file))
 
 

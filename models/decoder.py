@@ -53,7 +53,7 @@ class AnswerDecoder(nn.Module):
                 config.heads, config.ffn, config.cross_heads, strict=True
             )
         )
-        self.head = TokenHead(text.width, text.vocab_size, text.norm_eps)
+        self.head = TokenHead(text.width, text.vocab_size, text.norm_eps, text.word_width)
 
     def forward(
         self,

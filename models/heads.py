@@ -62,18 +62,23 @@ class TokenHead(nn.Module):
 
     Holds no reference to the tied weight: it comes as a KEYWORD argument, so that hooks that
     rewrap positional tensors leave the parameter itself alone (ZeRO-3 gathers it by identity).
+
+    Args:
+        word_width: W of the word embeddings; None is `width`.
     """
 
-    def __init__(self, width: int, vocab_size: int, eps: float) -> None:
+    def __init__(
+        self, width: int, vocab_size: int, eps: float, word_width: int | None = None
+    ) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=eps)
+        self.dense = nn.Linear(width, word_width or width)
+        self.norm = nn.LayerNorm(word_width or width, eps=eps)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(
         self, states: Tensor, positions: Tensor | None = None, *, word_weight: Tensor
     ) -> Tensor:
-        """states (B, L, D), word_weight (V, D) -> (B, M, V) at `positions` (B, M), or (B, L, V)."""
+        """states (B, L, D), word_weight (V, W) -> (B, M, V) at `positions` (B, M), or (B, L, V)."""
         if positions is not None:
             index = positions.unsqueeze(-1).expand(-1, -1, states.shape[-1])
             states = states.gather(1, index)

@@ -380,8 +380,8 @@ def _head(name: str, config: ModelConfig) -> nn.Module:
         "contrastive": ContrastiveTemperature,
         "itm_head": lambda: MlpHead(width, 2),
         "bbox_head": lambda: MlpHead(width, 4),
-        "mlm_head": lambda: TokenHead(width, text.vocab_size, text.norm_eps),
-        "lm_head": lambda: TokenHead(width, text.vocab_size, text.norm_eps),
+        "mlm_head": lambda: TokenHead(width, text.vocab_size, text.norm_eps, text.word_width),
+        "lm_head": lambda: TokenHead(width, text.vocab_size, text.norm_eps, text.word_width),
         "cls_head": lambda: MlpHead(width, 2),
         "ta_head": lambda: nn.Linear(width, 3),
     }

@@ -125,6 +125,28 @@ def test_beam_search_is_the_published_loop(seed, beams, lengths, cache, **rest):
         assert found.scores[row].item() == pytest.approx(score, rel=1e-4)
 
 
+@pytest.mark.parametrize(("early_stopping", "length_penalty"), [(True, 3.0), (False, 1.0)])
+def test_a_context_that_is_done_waits_unchanged_for_the_others(early_stopping, length_penalty):
+    rules = GenerationSettings(
+        end_id=END,
+        beams=2,
+        min_length=0,
+        max_length=11,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+    )
+    lengths = set()
+    for seed in range(12):
+        model = captioner(vocabulary=6, seed=seed)
+        states = images(model, 6, seed)
+        found = generate(model, torch.full((6, 1), START), states, settings=rules)
+        for row in range(6):
+            expected, _ = looped_beam(model, [START], states[row : row + 1], rules)
+            assert unpadded(found, row) == expected
+            lengths.add(len(expected))
+    assert {1, 11} <= lengths
+
+
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("form", ["captioning", "vqa"])
 def test_with_enough_beams_it_finds_the_best_of_all_sequences(length_penalty, form):
