@@ -176,7 +176,7 @@ def _shown(
     if kind == "clip":
         found = clip.config_of(state, head_dim=head_dim, region_layers=region, where=where)
     else:
-        found = timm.config_of(state, head_dim=head_dim, region_layers=region)
+        found = timm.config_of(state, head_dim=head_dim, region_layers=region, where=where)
     return ModelConfig(vision=found)
 
 
@@ -235,6 +235,8 @@ def _assumed(kind: str, config: ModelConfig, options: Options) -> list[str]:
         for name in (*_UNSEEN, *(("region_layers",) if section == "vision" else ()))
         if name not in options.sizes.get(section, {})
     ]
+    if kind == "timm" and sections and "image_mean" not in options.sizes:
+        taken.append(f"image_mean {config.image_mean}, image_std {config.image_std}")
     return [f"not in the file, taken as published: {', '.join(taken)}"] if taken else []
 
 
