@@ -125,7 +125,7 @@ def test_beam_search_is_the_published_loop(seed, beams, lengths, cache, **rest):
         assert found.scores[row].item() == pytest.approx(score, rel=1e-4)
 
 
-@pytest.mark.parametrize(("early_stopping", "length_penalty"), [(True, 3.0), (False, 1.0)])
+@pytest.mark.parametrize(("early_stopping", "length_penalty"), [(True, 3.0), (False, 1.0), (False, 2.0), (False, 4.0)])
 def test_a_context_that_is_done_waits_unchanged_for_the_others(early_stopping, length_penalty):
     rules = GenerationSettings(
         end_id=END,
