@@ -88,7 +88,7 @@ class Loopback:
 
     Attributes:
         files: may be changed while serving; the entity tag is a hash of the content.
-        requests: everything asked for, in order of arrival.
+        requests: everything asked for, in order of arrival.   connections: how many so far.
         ranges: False answers every request in full.
     """
 
@@ -97,6 +97,7 @@ class Loopback:
     ) -> None:
         self.files = files
         self.requests: list[Request] = []
+        self.connections = 0
         self.ranges = True
         self.latency_s = latency_s
         self.bytes_per_s = bytes_per_s
@@ -123,6 +124,11 @@ class Loopback:
         with self._lock:
             return [request for request in self.requests if request.name == name]
 
+    def connected(self) -> None:
+        """Counts a connection."""
+        with self._lock:
+            self.connections += 1
+
     def arrive(self, request: Request) -> Fault | None:
         """Logs a request and gives the fault it shall meet."""
         with self._lock:
@@ -145,6 +151,10 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 30
     disable_nagle_algorithm = True
+
+    def setup(self) -> None:
+        super().setup()
+        self.site.connected()
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

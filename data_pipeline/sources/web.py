@@ -153,7 +153,7 @@ class HttpSource:
     ) -> Answer:  # fmt: skip
         """Checks the head of a response; the answer closes or keeps the connection."""
         first, total, length = 0, response.length, response.length
-        finished = False
+        finished = length == 0
 
         def close() -> None:
             keep = finished and not response.will_close
@@ -170,13 +170,14 @@ class HttpSource:
                 while left is None or left > 0:
                     # Not read(): it would wait for the whole amount, however slowly that comes.
                     chunk = response.read1(CHUNK if left is None else min(CHUNK, left))
+                    left = None if left is None else left - len(chunk)
+                    # Known before the last bytes are handed on: who has them may not come back.
+                    finished = left == 0 or (left is None and not chunk)
                     if not chunk:
                         break
-                    left = None if left is None else left - len(chunk)
                     yield chunk
             except (http.client.HTTPException, OSError) as error:
                 raise TransientFault(_describe(error)) from None
-            finished = not left
 
         try:
             if response.status not in (200, 206):

@@ -224,6 +224,20 @@ def test_refusals_are_not_repeated(server: Loopback, time: Time, status: int, er
 # -- http details -----------------------------------------------------------------------------------
 
 
+def test_connections_are_kept(server: Loopback, time: Time) -> None:
+    fetch = fetcher(f"{server.url}/set", time)
+    for start in range(0, 1000, 100):
+        assert fetch.read("a.tar", start, start + 50) == DATA[start : start + 50]
+    assert fetch.read("a.tar") == DATA
+    with pytest.raises(FileNotFoundError):
+        fetch.read("b.tar")
+    assert fetch.read("a.tar", 0, 5) == DATA[:5]
+    assert server.connections == 1
+    fetch.source.close()
+    assert fetch.read("a.tar", 0, 5) == DATA[:5]
+    assert server.connections == 2
+
+
 def test_a_kept_connection_that_was_closed_is_no_fault(server: Loopback, time: Time) -> None:
     server.script(NAME, Cut(50))  # the whole answer, then the end of the connection
     fetch = fetcher(f"{server.url}/set", time)
