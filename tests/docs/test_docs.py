@@ -86,6 +86,7 @@ def only_parsing(monkeypatch):
         "data_pipeline.commands",
         "train.evaluation.commands",
         "train.export.commands",
+        "train.convert",
         "train.doctor",
     ):
         monkeypatch.setattr(f"{room}.run", lambda *args, **kwargs: 0)

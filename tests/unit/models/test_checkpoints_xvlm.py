@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,21 @@ def test_full_size_key_counts_and_sizes(name, layers, form):
     assert found.vision == model.config.vision and found.text == model.config.text
     converted, report = published.from_published(state)
     assert converted.keys() == model.state_dict().keys() and not report.unexpected
+
+
+def test_the_documented_table_holds():
+    page = (Path(__file__).resolve().parents[3] / "docs" / "models.md").read_text()
+    rows = re.findall(r"\| `(\w+)` \|[^|]*\| (\d+) \|" + r" ([\d.]+)M \| (\d+) \|" * 2, page)
+    assert len(rows) == 6
+    for form, pixels, *counts in rows:
+        for place, name in enumerate(("xvlm-clip-base", "efficientvlm")):
+            with torch.device("meta"):
+                model = presets.create(name, form=form)
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            keys = len(published.to_published(model.state_dict()))
+            found = [f"{parameters / 1e6:.2f}", str(keys)]
+            assert found == counts[2 * place : 2 * place + 2], (form, name)
+            assert model.config.vision.image_size == int(pixels)
 
 
 @pytest.mark.parametrize("form", FORMS)
