@@ -7,6 +7,8 @@ apart in the shards the samples of one step lie.
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,10 +21,12 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import Mixture, Segment, choose_groups, period_counts, step_positions
 from data_pipeline.plan import Plan
 
-__all__ = ["Simulation", "report_lines", "simulate"]
+__all__ = ["Simulation", "add_plan_parser", "report_lines", "run_plan", "simulate"]
 
 _STEPS_LOOKED_AT = 50
 _MOMENTS = 64
+# Batches that torch's DataLoader has each worker make ahead.
+_PREFETCH = 2
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Simulation:
         shards_per_step: distinct shards in a step, mean.   distance: median distance in samples
             between two samples of a step, as they lie in the shards, as a share of what a uniform
             shuffle gives.
-        workers_open: shards a worker process has open at once, at most.
+        prefetch_bytes: per node, pictures of the batches that its workers hold ready.
     """
 
     samples: int
@@ -57,7 +61,7 @@ class Simulation:
     shared_groups: int
     shards_per_step: float
     distance: float
-    workers_open: int
+    prefetch_bytes: int
 
 
 def _node_groups(groups: int, step: int, ranks: int, per_node: int) -> list[list[int]]:
@@ -91,7 +95,9 @@ class _Cache:
             self.bytes -= self.held.popitem(last=False)[1]
 
 
-def _moments(mixture: Mixture, groups: Sequence[int]) -> list[list[tuple[int, list[int], list[int]]]]:
+def _moments(
+    mixture: Mixture, groups: Sequence[int]
+) -> list[list[tuple[int, list[int], list[int]]]]:
     """At moments spread over the epoch: (data set, shards of the window, of the next) per group."""
     moments = []
     longest = max(plan.group_samples for plan in mixture.plans if plan is not None)
@@ -143,8 +149,7 @@ def _mixing(mixture: Mixture, step: int, starts: Sequence[np.ndarray]) -> tuple[
     steps = max(1, mixture.samples // step)
     for number in range(0, steps, max(1, steps // _STEPS_LOOKED_AT)):
         places = [
-            mixture.locate(p)
-            for p in step_positions(number * step, step, mixture.groups, 0, step)
+            mixture.locate(p) for p in step_positions(number * step, step, mixture.groups, 0, step)
         ]
         shards.append(len({(d, shard) for d, shard, _ in places}))
         linear = np.asarray([starts[d][shard] + sample for d, shard, sample in places])
@@ -157,7 +162,7 @@ def _mixing(mixture: Mixture, step: int, starts: Sequence[np.ndarray]) -> tuple[
 
 def simulate(
     manifests: Sequence[Manifest], *, step_samples: int, ranks: int = 8, per_node: int = 8,
-    workers: int = 8, seed: int = 0, block: int = 256, window_blocks: int = 64, groups: int = 0,
+    workers: int = 8, image_size: int = 224, seed: int = 0, block: int = 256, window_blocks: int = 64, groups: int = 0,
     cache_limit: int = 100 << 30, weights: Sequence[float] | None = None,
 ) -> Simulation:  # fmt: skip
     """One epoch of the order, as `ranks` ranks on nodes of `per_node` would read it.
@@ -176,8 +181,7 @@ def simulate(
     if step_samples % groups:
         raise ValueError(f"a step of {step_samples} images cannot be cut into {groups} groups")
     plans = [
-        Plan(m.shard_samples, m.hash, seed, block, window_blocks, groups=groups)
-        for m in manifests
+        Plan(m.shard_samples, m.hash, seed, block, window_blocks, groups=groups) for m in manifests
     ]
     counts = period_counts(weights or [m.samples for m in manifests], 1000)
     mixture = Mixture(plans, [Segment(0, counts)])
@@ -201,7 +205,8 @@ def simulate(
         data_bytes=sum(int(size.sum()) for size in sizes),
         shared_groups=sum(readers.count(group) > 1 for group in range(groups)),
         shards_per_step=shards_per_step, distance=distance,
-        workers_open=min(64, math.ceil(max(map(len, served)) / max(1, workers)) * window_blocks),
+        prefetch_bytes=min(per_node, ranks) * workers * _PREFETCH * step_samples // ranks
+        * 3 * image_size**2,
     )  # fmt: skip
 
 
@@ -227,6 +232,7 @@ def report_lines(found: Simulation) -> list[str]:
         f"transfer    {_size(fetched)} a node and epoch, {fetched / found.data_bytes:.2f} times "
         f"the data ({_size(found.data_bytes)}) over {found.nodes} nodes",
     ]
+    lines.append(f"memory      {_size(found.prefetch_bytes)} a node for batches made ahead")
     if found.cache_limit < ahead:
         lines.append(
             "            the cache is smaller than that: shards are fetched again; raise "
@@ -240,6 +246,52 @@ def report_lines(found: Simulation) -> list[str]:
     return lines
 
 
-def as_dict(found: Simulation) -> dict[str, Any]:
-    """For --json."""
-    return asdict(found)
+def add_plan_parser(verbs: Any) -> None:
+    """Adds `plan` to the verbs of `espalier data`."""
+    verb = verbs.add_parser(
+        "plan",
+        help="what an order costs and how well it mixes, before anything is read",
+        description="Walks one epoch of the order from the manifests alone: groups and windows, the "
+        "local cache that remote data need, bytes fetched per node, and how far apart the samples "
+        "of a step lie. Training uses the same plan.",
+        epilog="example: espalier data plan data/4m/*/pretrain/train --simulate --ranks 64 "
+        "--per-node 8 --step 8192 --cache-gb 200",
+    )
+    verb.add_argument(
+        "folders", nargs="+", metavar="DIR", help="data set, or several of a mixture; URLs too"
+    )
+    verb.add_argument("--simulate", action="store_true", help="walk the epoch (default: the same)")
+    verb.add_argument("--ranks", type=int, default=8, metavar="R")
+    verb.add_argument("--per-node", type=int, default=8, metavar="K", help="ranks on a node")
+    verb.add_argument("--workers", type=int, default=8, metavar="W", help="loader workers a rank")
+    verb.add_argument(
+        "--step",
+        type=int,
+        metavar="S",
+        help="images of a step over all ranks (default: 128 a rank)",
+    )
+    verb.add_argument("--image-size", type=int, default=224, metavar="PX")
+    verb.add_argument("--seed", type=int, default=0, metavar="K")
+    verb.add_argument("--block", type=int, default=256, help="data.block")
+    verb.add_argument("--window-blocks", type=int, default=64, help="data.window_blocks")
+    verb.add_argument("--groups", type=int, default=0, help="data.groups (0: chosen)")
+    verb.add_argument("--cache-gb", type=float, default=100.0, help="data.remote.cache_gb")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """`espalier data plan`. Raises ValueError / FileNotFoundError on bad input."""
+    from data_pipeline.storage import RemoteOptions, open_manifest
+
+    manifests = [open_manifest(folder, RemoteOptions()) for folder in args.folders]
+    found = simulate(
+        manifests, step_samples=args.step or 128 * args.ranks, ranks=args.ranks,
+        per_node=args.per_node, workers=args.workers, image_size=args.image_size, seed=args.seed, block=args.block,
+        window_blocks=args.window_blocks, groups=args.groups,
+        cache_limit=int(args.cache_gb * 2**30),
+    )  # fmt: skip
+    if args.json:
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        print("\n".join(report_lines(found)))
+    return 0
