@@ -10,6 +10,7 @@ from models.initialise import (
     add_task_vector,
     default_map,
     student_from_teacher,
+    task_form,
     task_form_from_pretrained,
 )
 from models.vision import resize_positions
@@ -120,12 +121,86 @@ def test_a_vqa_student_is_cut_from_a_vqa_teacher(teacher):
     assert report.unmapped and all(key.startswith("decoder.") for key in report.unmapped)
 
 
+@pytest.mark.parametrize("form", ["retrieval", "grounding"])
+def test_retrieval_and_grounding_keep_the_heads_they_have(teacher, form):
+    model, report = task_form(teacher, form)
+    assert report.fresh == frozenset() and report.resized == []
+    for name, part in model.named_children():
+        assert same(part, teacher.get_submodule(name)), name
+    assert any(key.startswith("mlm_head.") for key in report.unused)
+
+
+def test_captions_start_from_the_masked_token_head(teacher):
+    model, report = task_form(teacher, "captioning")
+    assert report.fresh == frozenset()
+    assert same(model.lm_head, teacher.mlm_head) and same(model.text, teacher.text)
+
+
+@pytest.mark.parametrize(("form", "head"), [("nlvr2", "cls_head"), ("nlvr2_pretrain", "ta_head")])
+def test_both_layers_of_a_pair_start_from_one_fusion_layer(teacher, form, head):
+    model, report = task_form(teacher, form)
+    for pair in range(2):
+        first, second = model.text.layers[2 + 2 * pair], model.text.layers[3 + 2 * pair]
+        assert same(first, teacher.text.layers[2 + pair])
+        ours, theirs = second.state_dict(), first.state_dict()
+        missing = {f"cross_attention.{x}.{y}" for x in "kv" for y in ("weight", "bias")}
+        assert theirs.keys() - ours.keys() == missing
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    parameters = dict(model.named_parameters())
+    assert report.fresh == {name for name in parameters if name.startswith(f"{head}.")}
+    assert report.fresh and report.fresh <= parameters.keys()
+
+
+def test_the_domain_stage_leads_into_nlvr2(teacher):
+    stage = task_form_from_pretrained(teacher, "nlvr2_pretrain")
+    config = stage.config.as_form("nlvr2", image_size=64)
+    model, report = task_form(stage, "nlvr2", config=config)
+    assert same(model.text, stage.text) and report.resized == ["vision.embeddings.position"]
+    assert {name.split(".")[0] for name in report.fresh} == {"cls_head"}
+
+
+def test_a_form_after_its_own_domain_stage_grows_its_images(teacher):
+    stage = task_form_from_pretrained(teacher, "captioning")
+    config = stage.config.as_form("captioning", image_size=64)
+    model, report = task_form(stage, "captioning", config=config)
+    assert report.fresh == frozenset() and same(model.lm_head, stage.lm_head)
+    expected = resize_positions(stage.vision.embeddings.position.detach(), 8)
+    assert torch.equal(model.vision.embeddings.position, expected)
+    deep = task_form_from_pretrained(teacher, "vqa")
+    again = task_form_from_pretrained(deep, "vqa")
+    assert same(again, deep)
+
+
+def test_a_student_for_two_images_takes_the_layer_of_the_same_image(teacher):
+    """Pair 0 of the student from pair 1 of the teacher, first from first, second from second."""
+    large = task_form_from_pretrained(teacher, "nlvr2")
+    with torch.no_grad():
+        for parameter in large.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    config = presets.config("blocksworld-micro-student", form="nlvr2")
+    small, report = student_from_teacher(large, config)
+    assert report.unmapped == []
+    for slot in range(2):
+        assert same(small.text.layers[1 + slot], large.text.layers[2 + 2 + slot])
+    other, _ = student_from_teacher(large, config, fusion_map=(0,))
+    assert same(other.text.layers[2], large.text.layers[3])
+    with pytest.raises(ValueError, match="fusion_map .* needs 1 entries from 0 to 1"):
+        student_from_teacher(large, config, fusion_map=(0, 1))
+    with pytest.raises(ValueError, match="cannot start from pairs"):
+        student_from_teacher(large, presets.config("blocksworld-micro-student"))
+
+
 def test_forms_that_cannot_be_started(teacher):
     vqa = task_form_from_pretrained(teacher)
-    with pytest.raises(ValueError, match="form 'pretrain', not 'vqa'"):
-        task_form_from_pretrained(vqa)
+    with pytest.raises(ValueError, match="starts from a model of form 'pretrain', not 'vqa'"):
+        task_form_from_pretrained(vqa, "grounding")
+    with pytest.raises(ValueError, match="'pretrain' or 'nlvr2_pretrain', not 'vqa'"):
+        task_form_from_pretrained(vqa, "nlvr2")
     with pytest.raises(ValueError, match="form 'nlvr3' is unknown"):
         task_form_from_pretrained(teacher, "nlvr3")
+    config = presets.config("blocksworld-micro-student", form="retrieval")
+    with pytest.raises(ValueError, match="student_from_teacher makes shallower"):
+        task_form_from_pretrained(teacher, "retrieval", config=config)
 
 
 def test_copies_do_not_share_memory(teacher):
@@ -135,17 +210,18 @@ def test_copies_do_not_share_memory(teacher):
     assert torch.equal(teacher.itm_head.linear.weight, before)
 
 
-def test_task_vector_of_an_undistilled_student_is_the_cut_of_the_finetuned_teacher():
+@pytest.mark.parametrize("form", ["vqa", "nlvr2", "captioning", "retrieval", "grounding"])
+def test_task_vector_of_an_undistilled_student_is_the_cut_of_the_finetuned_teacher(form):
     """student = cut(pretrained): adding (cut(finetuned) - cut(pretrained)) gives cut(finetuned)."""
     torch.manual_seed(0)
     pretrained = presets.create("blocksworld-micro-teacher", form="pretrain")
-    finetuned = presets.create("blocksworld-micro-teacher", form="vqa")
+    finetuned = presets.create("blocksworld-micro-teacher", form=form)
     student, _ = student_from_teacher(
         pretrained, presets.config("blocksworld-micro-student", form="pretrain")
     )
     moved = add_task_vector(student, pretrained, finetuned)
     expected, _ = student_from_teacher(
-        finetuned, presets.config("blocksworld-micro-student", form="vqa")
+        finetuned, presets.config("blocksworld-micro-student", form=form)
     )
     for key, value in expected.state_dict().items():
         torch.testing.assert_close(moved.state_dict()[key], value, msg=key)

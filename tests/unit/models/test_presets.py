@@ -26,11 +26,20 @@ def on_meta(name: str, **arguments) -> XVLM:
     [
         ("xvlm-clip-base", "pretrain", 212.27, 212_268_609),
         ("efficientvlm", "pretrain", 120.12, 120_122_433),
+        ("xvlm-clip-base", "retrieval", 210.75, 210_747_395),
+        ("efficientvlm", "retrieval", 118.60, 118_601_219),
         ("xvlm-clip-base", "vqa", 290.59, 290_585_658),
         ("efficientvlm", "vqa", 170.08, 170_084_154),
+        ("xvlm-clip-base", "nlvr2", 259.98, 259_977_218),
+        ("efficientvlm", "nlvr2", 143.02, 143_019_266),
+        ("xvlm-clip-base", "captioning", 209.79, 209_788_986),
+        ("efficientvlm", "captioning", 117.64, 117_642_810),
+        ("xvlm-clip-base", "grounding", 210.36, 210_356_740),
+        ("efficientvlm", "grounding", 118.21, 118_210_564),
     ],
 )
 def test_published_totals(name, form, millions, exact):
+    """Millions as published; at the published image sizes (224, 480 for questions, else 384)."""
     total = count(on_meta(name, form=form))
     assert round(total / 1e6, 2) == millions
     assert total == exact
@@ -56,6 +65,15 @@ def test_published_parts(name, vision, text, fusion):
         model.bbox_head,
     )
     assert sum(map(count, heads)) / 1e6 == pytest.approx(2.77, abs=0.006)
+
+
+def test_the_domain_stage_of_nlvr2_stays_at_the_size_of_pretraining():
+    model = on_meta("efficientvlm", form="nlvr2_pretrain")
+    assert model.config.vision.tokens == 197
+    final = on_meta("efficientvlm", form="nlvr2", **{"vision.image_size": 224})
+    assert count(model.text) == count(final.text)
+    assert model.ta_head.weight.shape == (3, 768) and model.config.text.pair_heads == (12,) * 3
+    assert len(model.text.layers) == 3 + 6
 
 
 def test_overrides_nested_and_dotted():
