@@ -68,9 +68,11 @@ def resolve(values: Mapping[str, Any], where: str = "model config") -> dict[str,
     result = dict(values)
     for section, kind in (("vision", VisionConfig), ("text", TextConfig)):
         given = result.get(section)
-        name = given.get("backbone") if isinstance(given, Mapping) else None
-        if not name or given.keys() >= {field.name for field in fields(kind)}:
+        if not isinstance(given, Mapping) or not given.get("backbone"):
             continue
+        if given.keys() >= {field.name for field in fields(kind)}:
+            continue
+        name = given["backbone"]
         place = f"{where}: {section}.backbone {name!r}"
         source, _, rest = str(name).partition("/")
         if source != {"vision": "timm", "text": "hf"}[section] or not rest:
@@ -124,7 +126,7 @@ def timm_fields(name: str) -> dict[str, Any]:
         raise ValueError(f"timm has no model {plain!r}{hint}")
     with torch.device("meta"):
         module = timm.create_model(name, pretrained=False)
-    pixels: Mapping[str, Any] = module.pretrained_cfg
+    pixels: Any = module.pretrained_cfg
     return timm_module_fields(module) | {
         "image_mean": tuple(pixels["mean"]),
         "image_std": tuple(pixels["std"]),

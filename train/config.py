@@ -200,6 +200,10 @@ class KdConfig:
     pre-training).
 
     total = task_weight * task + kd_weight * sum of the weighted terms below.
+
+    Attributes:
+        vision_map, text_map, fusion_map, decoder_map: teacher layer that teaches each student layer;
+            None spreads them evenly (1, 3, 5, ... for half the depth).
     """
 
     task_weight: float = 0.6
@@ -213,6 +217,10 @@ class KdConfig:
     decoder: float = 1.0
     cross_attention: bool = False
     attention: Literal["probabilities", "kl", "none"] = "probabilities"
+    vision_map: tuple[int, ...] | None = None
+    text_map: tuple[int, ...] | None = None
+    fusion_map: tuple[int, ...] | None = None
+    decoder_map: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

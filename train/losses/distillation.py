@@ -6,7 +6,7 @@ Shape legend: B rows, N tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,29 +66,58 @@ class LayerPairs:
         attention = self.attention + tuple((s + i, t + j) for i, j in after.attention)
         return LayerPairs(s + after.student_layers, t + after.teacher_layers, hidden, attention)
 
+    def doubled(self) -> LayerPairs:
+        """The pairs when each layer stands for two that take turns (NLVR2): same turn with same."""
+        return LayerPairs(
+            2 * self.student_layers,
+            2 * self.teacher_layers,
+            tuple((2 * i, 2 * j) for i, j in self.hidden[:1])
+            + tuple((2 * i - back, 2 * j - back) for i, j in self.hidden[1:] for back in (1, 0)),
+            tuple((2 * i + turn, 2 * j + turn) for i, j in self.attention for turn in (0, 1)),
+        )
 
-def layer_pairs(student_layers: int, teacher_layers: int) -> LayerPairs:
-    """Uniform map with k = teacher_layers / student_layers: hidden i <- k i, attention i <- k i + k
-    - 1.
 
-    For k = 2 that is the published map: state i <- 2i (the input included), layer i <- 2i + 1.
+def layer_pairs(
+    student_layers: int,
+    teacher_layers: int,
+    layer_map: Sequence[int] | None = None,
+    name: str = "layer",
+) -> LayerPairs:
+    """Pairs of a student layer with the teacher layer that teaches it.
+
+    Attention maps of paired layers are compared, and the states they put out; the states that enter
+    both stacks are compared too. Without a map, layer i of m learns from the teacher layer that
+    ends the same share of the depth, round((i + 1) M / m) - 1 of M. For half the depth that is the
+    published map: layer i <- 2i + 1, state i <- 2i.
+
+    Args:
+        layer_map: the teacher layer of each student layer, counted from 0.
+        name: of the stack, for messages.
 
     Raises:
-        ValueError: the teacher's depth is not a multiple of the student's.
+        ValueError: the map does not fit, or there is none and the student is deeper.
     """
-    if student_layers == teacher_layers == 0:
-        return LayerPairs(0, 0, ((0, 0),), ())
-    if student_layers < 1 or teacher_layers % student_layers:
+    if layer_map is None:
+        if student_layers > teacher_layers or (student_layers == 0) != (teacher_layers == 0):
+            raise ValueError(
+                f"no even map from {teacher_layers} teacher to {student_layers} student layers; "
+                f"give kd.{name}_map, the teacher layer of each student layer"
+            )
+        # half up, in integers
+        layer_map = [
+            (2 * (i + 1) * teacher_layers + student_layers) // (2 * student_layers) - 1
+            for i in range(student_layers)
+        ]
+    if len(layer_map) != student_layers or not all(0 <= j < teacher_layers for j in layer_map):
         raise ValueError(
-            f"no uniform map from {teacher_layers} teacher to {student_layers} student layers: "
-            "the teacher's depth must be a multiple of the student's"
+            f"kd.{name}_map {tuple(layer_map)} needs {student_layers} entries from 0 to "
+            f"{teacher_layers - 1}"
         )
-    k = teacher_layers // student_layers
     return LayerPairs(
         student_layers,
         teacher_layers,
-        tuple((i, k * i) for i in range(student_layers + 1)),
-        tuple((i, k * i + k - 1) for i in range(student_layers)),
+        ((0, 0), *((i + 1, j + 1) for i, j in enumerate(layer_map))),
+        tuple(enumerate(layer_map)),
     )
 
 
@@ -121,30 +150,36 @@ def capture_for_teacher(
     return _capture(pairs, 1, hidden, attention, cross_from)
 
 
+Projection = Callable[[Tensor], Tensor]
+
+
 def hidden_mse_terms(
     student: Mapping[int, Tensor],
     teacher: Mapping[int, Tensor],
     pairs: LayerPairs,
     drop_last: bool = False,
+    project: Projection | None = None,
 ) -> list[Tensor]:
     """Mean squared error of each pair of hidden states (B, N, D), in the order of `pairs.hidden`.
 
-    drop_last leaves out the student's last state (published for images, whose last state is
-    compared nowhere).
+    Args:
+        drop_last: leaves out the student's last state (published for images, whose last state is
+            compared nowhere).
+        project: takes the student's states to the teacher's width, where the two differ.
 
     Raises:
-        ValueError: shapes differ (there is no projection between different widths).
+        ValueError: shapes differ.
     """
     terms = []
     for i, j in pairs.hidden:
         if drop_last and i == pairs.student_layers:
             continue
-        ours, theirs = student[i], teacher[j]
+        ours, theirs = student[i] if project is None else project(student[i]), teacher[j]
         if ours.shape != theirs.shape:
             raise ValueError(
                 f"hidden state {i} of the student is {tuple(ours.shape)}, "
                 f"state {j} of the teacher {tuple(theirs.shape)}: distilling hidden states needs "
-                "equal widths and token counts (or set the hidden weights in kd to 0)"
+                "equal token counts, and equal widths or a projection"
             )
         terms.append(F.mse_loss(widen(ours), widen(theirs.detach())))
     return terms
@@ -155,9 +190,10 @@ def hidden_mse(
     teacher: Mapping[int, Tensor],
     pairs: LayerPairs,
     drop_last: bool = False,
+    project: Projection | None = None,
 ) -> Tensor:
     """Sum over layer pairs of the mean squared error (see `hidden_mse_terms`)."""
-    return torch.stack(hidden_mse_terms(student, teacher, pairs, drop_last)).sum()
+    return torch.stack(hidden_mse_terms(student, teacher, pairs, drop_last, project)).sum()
 
 
 def logits_kl(

@@ -1,13 +1,22 @@
 """What every task does when it distils: which layers pair up in which pass, and the terms of one
 pass.
+
+What may differ between student and teacher: depths (by a layer map), head sizes, feed-forward
+widths, and widths (by learned projections of the student's hidden states). What may not: image
+tokens, and the head counts of layers whose attention maps are compared. A map belongs to a head;
+an average over heads is what no head computes, it cannot tell a sharp map from a mixture of
+others, and the published loss has nothing like it. A narrow student takes the teacher's head count
+with smaller heads instead, as TinyBERT does (312 = 12 x 26), or kd.attention=none.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from models.config import ModelConfig, TextConfig
 from models.outputs import AttentionTrace, Capture, EncoderOutput
 from train.config import KdConfig
 from train.losses.distillation import (
@@ -16,9 +25,128 @@ from train.losses.distillation import (
     capture_for_student,
     capture_for_teacher,
     hidden_mse,
+    layer_pairs,
 )
 
-__all__ = ["capture", "pass_terms", "rows", "upper_part"]
+__all__ = [
+    "StackPairs",
+    "capture",
+    "hidden_projections",
+    "pass_terms",
+    "rows",
+    "stack_pairs",
+    "upper_part",
+]
+
+
+@dataclass(frozen=True)
+class StackPairs:
+    """Layer pairs of each stack; `decoder` where both models have one."""
+
+    vision: LayerPairs
+    text: LayerPairs
+    fusion: LayerPairs
+    decoder: LayerPairs | None
+
+
+def stack_pairs(kd: KdConfig, student: ModelConfig, teacher: ModelConfig) -> StackPairs:
+    """Pairs of every stack, by kd.vision_map, text_map, fusion_map and decoder_map or evenly.
+
+    Fusion layers in pairs (NLVR2) are mapped pair by pair, the same image with the same.
+
+    Raises:
+        ValueError: naming the key, on maps that do not fit, image tokens that differ, and head
+            counts that differ where attention maps are compared.
+    """
+    _check_tokens(student, teacher)
+    ours, theirs = student.text, teacher.text
+    if (ours.pair_heads is None) != (theirs.pair_heads is None):
+        raise ValueError("distillation needs two models that read the same number of images")
+    copies = 1 if ours.pair_heads is None else 2
+    fusion = layer_pairs(
+        ours.fusion_layers // copies, theirs.fusion_layers // copies, kd.fusion_map, "fusion"
+    )
+    both = student.decoder is not None and teacher.decoder is not None
+    pairs = StackPairs(
+        vision=layer_pairs(student.vision.layers, teacher.vision.layers, kd.vision_map, "vision"),
+        text=layer_pairs(ours.text_layers, theirs.text_layers, kd.text_map, "text"),
+        fusion=fusion if copies == 1 else fusion.doubled(),
+        decoder=layer_pairs(
+            student.decoder.layers, teacher.decoder.layers, kd.decoder_map, "decoder"
+        )
+        if student.decoder is not None and teacher.decoder is not None
+        else None,
+    )
+    if kd.decoder_map is not None and not both:
+        raise ValueError("kd.decoder_map: student and teacher do not both have a decoder")
+    if kd.attention != "none":
+        _check_heads(kd, student, teacher, pairs)
+    return pairs
+
+
+def _check_tokens(student: ModelConfig, teacher: ModelConfig) -> None:
+    ours, theirs = student.vision, teacher.vision
+    if (ours.prefix_tokens, ours.patches) != (theirs.prefix_tokens, theirs.patches):
+        raise ValueError(
+            f"image tokens differ: the student has {ours.prefix_tokens} + {ours.patches} patches, "
+            f"the teacher {theirs.prefix_tokens} + {theirs.patches}; give the student the "
+            "teacher's vision.image_size, patch_size, class_token and register_tokens"
+        )
+
+
+def _check_heads(
+    kd: KdConfig, student: ModelConfig, teacher: ModelConfig, pairs: StackPairs
+) -> None:
+    def split(text: TextConfig) -> tuple[Sequence[int], Sequence[int]]:
+        return text.heads[: text.text_layers], text.heads[text.text_layers :]
+
+    (text, fusion), (their_text, their_fusion) = split(student.text), split(teacher.text)
+    found = [
+        ("vision.heads", student.vision.heads, teacher.vision.heads, pairs.vision),
+        ("text.heads", text, their_text, pairs.text),
+        ("text.heads (fusion)", fusion, their_fusion, pairs.fusion),
+    ]
+    cross = (student.text.cross_heads, teacher.text.cross_heads)
+    if kd.cross_attention:
+        found.append(("text.cross_heads", *cross, pairs.fusion))
+    if pairs.decoder is not None:
+        assert student.decoder is not None and teacher.decoder is not None
+        mine, other = student.decoder, teacher.decoder
+        found.append(("decoder.heads", mine.heads, other.heads, pairs.decoder))
+        if kd.cross_attention:
+            found.append(
+                ("decoder.cross_heads", mine.cross_heads, other.cross_heads, pairs.decoder)
+            )
+    for key, ours, theirs, stack in found:
+        for i, j in stack.attention:
+            if ours[i] != theirs[j]:
+                raise ValueError(
+                    f"{key}: layer {i} of the student has {ours[i]} heads, layer {j} of its teacher "
+                    f"{theirs[j]}, and attention maps are compared head by head: give the student "
+                    "as many heads (they may be smaller: head_dim), or set kd.attention to none"
+                )
+
+
+def hidden_projections(student: ModelConfig, teacher: ModelConfig) -> nn.ModuleDict:
+    """Learned linear maps of student states to the teacher's width, where widths differ.
+
+    One for each residual stream, shared by all its layers (TinyBERT, 1909.10351): "vision", "text"
+    (text and fusion layers) and "decoder". They are trained with the student and belong into the
+    engine's module, but are no part of the student: its folder does not hold them. They start as
+    isometries, so that states keep their lengths.
+    """
+    widths = {"vision": (student.vision.width, teacher.vision.width)}
+    widths["text"] = (student.text.width, teacher.text.width)
+    if student.decoder is not None and teacher.decoder is not None:
+        widths["decoder"] = widths["text"]
+    result = nn.ModuleDict()
+    for name, (ours, theirs) in widths.items():
+        if ours != theirs:
+            linear = nn.Linear(ours, theirs)
+            nn.init.orthogonal_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            result[name] = linear
+    return result
 
 
 def upper_part(whole: LayerPairs, first: int) -> LayerPairs:
@@ -72,13 +200,16 @@ def pass_terms(
     pairs: LayerPairs,
     drop_last: bool = False,
     cross: bool = False,
+    project: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """Raw terms of one pass: "hidden", and "attention" (self-attention, plus cross-attention with
     `cross`).
 
-    drop_last: image states, whose last one lies before the final norm (published).
+    Args:
+        drop_last: image states, whose last one lies before the final norm (published).
+        project: the stream's entry of `hidden_projections`, if it has one.
     """
-    terms = {"hidden": hidden_mse(student.hidden, teacher.hidden, pairs, drop_last)}
+    terms = {"hidden": hidden_mse(student.hidden, teacher.hidden, pairs, drop_last, project)}
     if kd.attention == "none":
         return terms
     total = attention_sum(student.attention, teacher.attention, pairs.attention, kd.attention)

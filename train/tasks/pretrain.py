@@ -19,11 +19,11 @@ from models.outputs import Capture, EncoderOutput
 from models.xvlm import XVLM
 from train.config import KdConfig
 from train.losses import vl
-from train.losses.distillation import LayerPairs, attention_sum, layer_pairs, logits_kl
+from train.losses.distillation import LayerPairs, attention_sum, logits_kl
 from train.losses.gather import all_gather_no_grad, all_gather_with_grad
 from train.runtime.teacher import Teacher
 from train.tasks.base import Losses, StepContext, Task
-from train.tasks.kd import capture, pass_terms, rows, upper_part
+from train.tasks.kd import capture, pass_terms, rows, stack_pairs, upper_part
 
 __all__ = ["PretrainTask"]
 
@@ -38,14 +38,13 @@ class _Plan:
     multimodal: LayerPairs
 
     @classmethod
-    def between(cls, student: ModelConfig, teacher: ModelConfig) -> _Plan:
-        text = layer_pairs(student.text.text_layers, teacher.text.text_layers)
-        fusion = layer_pairs(student.text.fusion_layers, teacher.text.fusion_layers)
+    def between(cls, kd: KdConfig, student: ModelConfig, teacher: ModelConfig) -> _Plan:
+        pairs = stack_pairs(kd, student, teacher)
         return cls(
-            image=layer_pairs(student.vision.layers, teacher.vision.layers),
-            text=text,
-            fusion=fusion,
-            multimodal=text.then(fusion),
+            image=pairs.vision,
+            text=pairs.text,
+            fusion=pairs.fusion,
+            multimodal=pairs.text.then(pairs.fusion),
         )
 
 
@@ -81,7 +80,7 @@ class PretrainTask(Task):
     ) -> None:
         self.weights = weights
         self.kd = kd
-        self.plan = None if teacher is None else _Plan.between(student, teacher)
+        self.plan = None if teacher is None else _Plan.between(kd, student, teacher)
         self.global_negatives = global_negatives
 
     # -- one model's passes

@@ -14,10 +14,10 @@ from models.xvlm import XVLM
 from train.config import KdConfig
 from train.evaluation.vqa import AnswerList, evaluate_batch
 from train.losses import vl
-from train.losses.distillation import LayerPairs, layer_pairs, logits_kl
+from train.losses.distillation import LayerPairs, logits_kl
 from train.runtime.teacher import Teacher
 from train.tasks.base import Losses, StepContext, Task
-from train.tasks.kd import capture, pass_terms, upper_part
+from train.tasks.kd import capture, pass_terms, stack_pairs, upper_part
 
 __all__ = ["VqaTask"]
 
@@ -35,20 +35,20 @@ class _Plan:
     decoder: LayerPairs
 
     @classmethod
-    def between(cls, student: ModelConfig, teacher: ModelConfig) -> _Plan:
-        if student.decoder is None or teacher.decoder is None:
+    def between(cls, kd: KdConfig, student: ModelConfig, teacher: ModelConfig) -> _Plan:
+        pairs = stack_pairs(kd, student, teacher)
+        if pairs.decoder is None:
             raise ValueError(
                 "vqa distillation needs a teacher with an answer decoder (form vqa): teacher.path "
                 "must name a model fine-tuned for vqa"
             )
-        text = layer_pairs(student.text.text_layers, teacher.text.text_layers)
-        question = text.then(layer_pairs(student.text.fusion_layers, teacher.text.fusion_layers))
+        question = pairs.text.then(pairs.fusion)
         return cls(
-            image=layer_pairs(student.vision.layers, teacher.vision.layers),
-            text=text,
-            fusion=upper_part(question, text.student_layers),
+            image=pairs.vision,
+            text=pairs.text,
+            fusion=upper_part(question, pairs.text.student_layers),
             question=question,
-            decoder=layer_pairs(student.decoder.layers, teacher.decoder.layers),
+            decoder=pairs.decoder,
         )
 
 
@@ -81,7 +81,7 @@ class VqaTask(Task):
     ) -> None:
         self.weights = weights
         self.kd = kd
-        self.plan = None if teacher is None else _Plan.between(student, teacher)
+        self.plan = None if teacher is None else _Plan.between(kd, student, teacher)
         self.answers = answers
         self.top_k = top_k
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from models.outputs import AttentionTrace
+from models import presets
+from models.config import ModelConfig
+from models.outputs import AttentionTrace, EncoderOutput
+from train.config import KdConfig
 from train.losses.distillation import (
     attention_kl,
     attention_kl_reference,
@@ -25,6 +31,7 @@ from train.losses.distillation import (
     layer_pairs,
     logits_kl,
 )
+from train.tasks.kd import hidden_projections, pass_terms, stack_pairs
 
 STREAMED = {
     "mse": (attention_mse, attention_mse_reference),
@@ -49,10 +56,143 @@ def test_maps_of_a_pass_through_two_stacks() -> None:
     assert layer_pairs(0, 0).then(layer_pairs(1, 2)) == layer_pairs(1, 2)
 
 
-@pytest.mark.parametrize(("student", "teacher"), [(2, 3), (0, 2), (4, 2)])
-def test_maps_that_do_not_divide(student: int, teacher: int) -> None:
-    with pytest.raises(ValueError, match="multiple"):
-        layer_pairs(student, teacher)
+def test_depths_that_do_not_divide() -> None:
+    assert layer_pairs(4, 6).attention == ((0, 1), (1, 2), (2, 4), (3, 5))
+    assert layer_pairs(4, 6).hidden == ((0, 0), (1, 2), (2, 3), (3, 5), (4, 6))
+    assert layer_pairs(2, 3).attention == ((0, 1), (1, 2))
+
+
+@given(st.integers(1, 30), st.integers(0, 30))
+@settings(max_examples=60, deadline=None)
+def test_even_maps(student: int, extra: int) -> None:
+    teacher = student + extra
+    pairs = layer_pairs(student, teacher)
+    taught = [j for _, j in pairs.attention]
+    assert [i for i, _ in pairs.attention] == list(range(student))
+    assert taught == sorted(set(taught)) and taught[-1] == teacher - 1
+    for i, j in pairs.attention:  # never further from the same share of the depth than half a layer
+        assert abs(2 * (j + 1) * student - 2 * (i + 1) * teacher) <= student
+    assert pairs.hidden == ((0, 0), *((i + 1, j + 1) for i, j in pairs.attention))
+
+
+def test_maps_by_hand() -> None:
+    pairs = layer_pairs(3, 4, (3, 0, 0))
+    assert pairs.attention == ((0, 3), (1, 0), (2, 0))
+    assert pairs.hidden == ((0, 0), (1, 4), (2, 1), (3, 1))
+    assert layer_pairs(3, 2, (0, 1, 1)).teacher_layers == 2
+    assert layer_pairs(0, 2, ()).hidden == ((0, 0),)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "layer_map", "message"),
+    [
+        (4, 2, None, "no even map from 2 teacher to 4 student layers; give kd.text_map"),
+        (0, 2, None, "give kd.text_map"),
+        (2, 4, (1,), r"kd.text_map \(1,\) needs 2 entries from 0 to 3"),
+        (2, 4, (1, 4), "needs 2 entries from 0 to 3"),
+        (2, 4, (-1, 1), "needs 2 entries from 0 to 3"),
+    ],
+)
+def test_maps_that_do_not_fit(
+    student: int, teacher: int, layer_map: tuple[int, ...] | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        layer_pairs(student, teacher, layer_map, "text")
+
+
+def test_layers_in_pairs_learn_from_the_same_turn() -> None:
+    """Pair 0 learns from pair 1: layers 0, 1 from 2, 3, and each state from what its teacher puts
+    out.
+    """
+    pairs = layer_pairs(1, 2).doubled()
+    assert (pairs.student_layers, pairs.teacher_layers) == (2, 4)
+    assert pairs.attention == ((0, 2), (1, 3))
+    assert pairs.hidden == ((0, 0), (1, 3), (2, 4))
+    assert all(i % 2 == j % 2 for i, j in layer_pairs(3, 6).doubled().attention)
+
+
+def _config(**changes: Any) -> ModelConfig:
+    return presets.config("blocksworld-micro-student", **changes)
+
+
+def _teacher(**changes: Any) -> ModelConfig:
+    return presets.config("blocksworld-micro-teacher", **changes)
+
+
+def test_stacks_follow_their_maps() -> None:
+    kd = KdConfig(vision_map=(0, 2), fusion_map=(0,))
+    pairs = stack_pairs(kd, _config(), _teacher())
+    assert pairs.vision.attention == ((0, 0), (1, 2)) and pairs.decoder is None
+    assert pairs.text.attention == ((0, 1),) and pairs.fusion.attention == ((0, 0),)
+    decoder = stack_pairs(KdConfig(), _config(form="vqa"), _teacher(form="vqa")).decoder
+    assert decoder == layer_pairs(1, 2)
+    with pytest.raises(ValueError, match="kd.vision_map .* needs 2 entries"):
+        stack_pairs(KdConfig(vision_map=(0,)), _config(), _teacher())
+    with pytest.raises(ValueError, match="kd.decoder_map: student and teacher do not both"):
+        stack_pairs(KdConfig(decoder_map=(0,)), _config(), _teacher())
+
+
+def test_two_images_are_paired_by_turn() -> None:
+    forms = (_config().as_form("nlvr2"), _teacher().as_form("nlvr2"))
+    pairs = stack_pairs(KdConfig(), *forms)
+    assert pairs.fusion == layer_pairs(1, 2).doubled()
+    with pytest.raises(ValueError, match="same number of images"):
+        stack_pairs(KdConfig(), _config(), forms[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "kd", "message"),
+    [
+        ({"vision": {"heads": (2, 1), "head_dim": 16}}, {}, "vision.heads: layer 0 .* has 2 heads"),
+        ({"text": {"heads": (1, 2), "head_dim": 16}}, {}, r"text.heads \(fusion\): layer 0"),
+        ({"text": {"cross_heads": (2,)}}, {"cross_attention": True}, "text.cross_heads: layer 0"),
+        ({"vision": {"register_tokens": 2}}, {}, r"image tokens differ: the student has 3 \+ 36"),
+        ({"vision": {"patch_size": 16}}, {"attention": "none"}, r"student has 1 \+ 9 patches"),
+    ],
+)
+def test_what_may_not_differ(changes: dict[str, Any], kd: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stack_pairs(KdConfig(**kd), _config(**changes), _teacher())
+
+
+def test_heads_may_differ_where_no_map_is_compared() -> None:
+    other = _config(vision={"heads": (2, 2)}, text={"cross_heads": (2,)})
+    stack_pairs(KdConfig(attention="none"), other, _teacher())
+    smaller = _config(vision={"head_dim": 16}, text={"cross_heads": (3,)})
+    stack_pairs(KdConfig(), smaller, _teacher())
+
+
+def test_projections_exist_where_widths_differ() -> None:
+    assert not hidden_projections(_config(), _teacher())
+    wide = _teacher(form="vqa", **{"vision.width": 64, "text.width": 48})
+    found = hidden_projections(_config(form="vqa"), wide)
+    shapes = {name: tuple(part.weight.shape) for name, part in found.items()}
+    assert shapes == {"vision": (64, 32), "text": (48, 32), "decoder": (48, 32)}
+    assert set(hidden_projections(_config(), _teacher(**{"text.width": 48}))) == {"text"}
+    states = torch.randn(5, 32)  # an isometry at first
+    torch.testing.assert_close(found["vision"](states).norm(dim=1), states.norm(dim=1))
+
+
+def test_projected_states_are_compared_and_the_projection_learns() -> None:
+    torch.manual_seed(0)
+    pairs = layer_pairs(1, 2)
+    project = torch.nn.Linear(4, 6)
+    student = {i: torch.randn(2, 3, 4, requires_grad=True) for i in range(2)}
+    teacher = {i: torch.randn(2, 3, 6) for i in (0, 2)}
+    outputs = [
+        EncoderOutput(last=states[max(states)], hidden=states) for states in (student, teacher)
+    ]
+    kd = KdConfig(attention="none")
+    loss = pass_terms(kd, *outputs, pairs, project=project)["hidden"]
+    expected = sum(F.mse_loss(project(student[i]), teacher[2 * i]) for i in range(2))
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert project.weight.grad is not None and student[1].grad is not None
+    optimizer = torch.optim.SGD(project.parameters(), lr=0.1)
+    optimizer.step()
+    assert pass_terms(kd, *outputs, pairs, project=project)["hidden"] < loss
+    with pytest.raises(ValueError, match="equal widths or a projection"):
+        pass_terms(kd, *outputs, pairs)
 
 
 def test_captures() -> None:
