@@ -15,6 +15,7 @@ import json
 import mmap
 import os
 import re
+import shlex
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -236,17 +237,24 @@ def _collect(data: mmap.mmap, view: memoryview, path: Path) -> tuple[_Columns, s
 def _refuse_compressed(data: mmap.mmap, path: Path) -> None:
     for suffix, (magic, _) in COMPRESSED.items():
         if data[: len(magic)] == magic:
-            named = path.with_name(path.name + suffix.removeprefix(".tar"))
+            named = path.with_name(path.name.removesuffix(".tar") + suffix)
+            move = f"mv {shlex.quote(str(path))} {shlex.quote(str(named))}"
             raise ShardError(
                 f"{path}: a compressed shard cannot be read by position; run: "
-                f"mv '{path}' '{named}' && {decompress_command(named)}"
+                f"{move} && {decompress_command(path.parent, named.name)}"
             )
 
 
-def decompress_command(path: Path) -> str:
-    """The shell command that turns the compressed shard `path` into an indexed .tar."""
-    command = next(tool for end, (_, tool) in COMPRESSED.items() if path.name.endswith(end))
-    return f"{command} '{path}' && espalier data index '{path.parent}'"
+def decompress_command(folder: Path, name: str) -> str:
+    """The shell command that turns compressed shards into indexed tars.
+
+    Args:
+        name: of a shard in `folder`, or "*.tar.gz" and the like for all of them.
+    """
+    tool = next(tool for suffix, (_, tool) in COMPRESSED.items() if name.endswith(suffix))
+    where = shlex.quote(str(folder))
+    what = name if name.startswith("*") else shlex.quote(name)
+    return f"{tool} {where}/{what} && espalier data index {where}"
 
 
 def index_path(tar_path: Path) -> Path:

@@ -77,7 +77,7 @@ def _refuse_compressed(paths: Iterable[Path]) -> None:
         if suffix is not None:
             raise ShardError(
                 f"{path}: compressed shards cannot be read by position; decompress all of them: "
-                f"{decompress_command(path.with_name('*' + suffix))}"
+                f"{decompress_command(path.parent, '*' + suffix)}"
             )
 
 

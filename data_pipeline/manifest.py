@@ -363,8 +363,12 @@ def keep_name(raw: bytes, location: str) -> str | None:
 
     Raises: ShardError as parse_manifest.
     """
-    content = _content(raw, _joined(location, MANIFEST_NAME), _remedy(location))
-    return None if content.get("filter") is None else _plain(content["filter"]["file"])
+    where, remedy = _joined(location, MANIFEST_NAME), _remedy(location)
+    content = _content(raw, where, remedy)
+    try:
+        return None if content["filter"] is None else _plain(content["filter"]["file"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{where}: the manifest is damaged ({error!r}); {remedy}") from None
 
 
 def _plain(name: Any) -> str:

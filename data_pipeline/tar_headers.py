@@ -8,6 +8,7 @@ was overwritten with zeros, are both reported.
 from __future__ import annotations
 
 import mmap
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +117,7 @@ def _check_end(data: mmap.mmap, position: int, path: Path) -> None:
         raise ShardError(
             f"{path}: {tail} zero bytes follow the last member (byte {position}), so the rest of "
             f"the shard was probably lost. {REMEDY}; if it is complete, cut the zeros off: "
-            f"truncate -s {position + 2 * _BLOCK} '{path}'"
+            f"truncate -s {position + 2 * _BLOCK} {shlex.quote(str(path))}"
         )
 
 

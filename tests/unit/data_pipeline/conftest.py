@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
+from data_pipeline import parallel
 from data_pipeline.manifest import write_manifest
 
 WORDS = [
@@ -84,6 +86,69 @@ def pretrain_json(number: int, size: int = 24) -> dict[str, Any]:
             {"caption": "triangle", "bb": [0, 0, 5, 24]},
         ],
     }
+
+
+class Meeting:
+    """An MPI world whose ranks are threads."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size)
+        self.values: list[object] = [None] * size
+
+
+class ThreadRank:
+    """The part of mpi4py's communicator that parallel.py uses."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self.meeting, self.rank = meeting, rank
+
+    def Get_rank(self) -> int:
+        return self.rank
+
+    def Get_size(self) -> int:
+        return self.meeting.size
+
+    def barrier(self) -> None:
+        self.meeting.barrier.wait(20)
+
+    def allgather(self, value: object) -> list[object]:
+        self.meeting.values[self.rank] = value
+        self.barrier()
+        values = list(self.meeting.values)
+        self.barrier()
+        return values
+
+    def gather(self, value: object, root: int) -> list[object] | None:
+        values = self.allgather(value)
+        return values if self.rank == root else None
+
+
+@pytest.fixture
+def on_ranks(monkeypatch):
+    """on_ranks(size, function) -> what function() returned or raised on each rank."""
+
+    def run(size, function):
+        meeting = Meeting(size)
+        here = threading.local()
+        monkeypatch.setattr(parallel, "_world", lambda: here.world)
+        outcomes: list[object] = [None] * size
+
+        def work(rank: int) -> None:
+            here.world = ThreadRank(meeting, rank)
+            try:
+                outcomes[rank] = function()
+            except Exception as error:
+                outcomes[rank] = error
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        return outcomes
+
+    return run
 
 
 @pytest.fixture(scope="session")
