@@ -32,11 +32,9 @@ def fit_box(
         return [x, y, w, h], False
     start, length = [], []
     for a, b, old, new in zip(low, high, frame, size, strict=True):
-        # Hundredths of a pixel, rounded inwards: the box stays in the picture.
+        # In hundredths of a pixel no box leaves the picture by rounding: its sides are whole.
         first = int(a * new / old * 100) / 100
         extent = round(min(b * new / old, new) - first, 2)
-        if first + extent > new:
-            extent = round(extent - 0.01, 2)
         start.append(first)
         length.append(extent)
     return [*start, *length] if min(length) > 0 else None, clipped

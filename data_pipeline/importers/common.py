@@ -28,6 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+# In the server of the pool, not in each worker: it imports torch.
+import webdataset.writer  # noqa: F401
 import xxhash
 
 from data_pipeline.faults import SkipSample
@@ -40,7 +42,6 @@ from data_pipeline.importers.pictures import (
     prepare_picture,
     safe_path,
 )
-from data_pipeline.index import index_path
 from data_pipeline.manifest import write_manifest
 from data_pipeline.parallel import my_part, run_units, shares, together
 from data_pipeline.records import TASKS, RecordError, parse_record
@@ -141,7 +142,8 @@ def _members(
         try:
             prepared.append(prepare_picture(reader.read(picture), job.max_side, frame))
         except SkipSample as bad:
-            raise SkipSample(bad.kind, f"{picture}: {bad.reason}") from None
+            which = f"{picture}: " if len(item.pictures) > 1 else ""
+            raise SkipSample(bad.kind, which + bad.reason) from None
     found: Counter[str] = Counter()
     if "width" in data:
         shown = prepared[0]
@@ -192,8 +194,6 @@ def _account(job: _Job, number: int) -> dict[str, Any] | None:
         account = json.loads(_account_path(job.folder, number).read_bytes())
         shard = _shard_path(job.folder, number)
         if account["samples"] and shard.stat().st_size != account["bytes"]:
-            return None
-        if account["samples"] and not index_path(shard).is_file():
             return None
         # What was left out is an error now: the unit is done again, and says so.
         return None if account["bad"] and not job.skip_bad else account

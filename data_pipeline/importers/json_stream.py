@@ -15,6 +15,7 @@ __all__ = ["read_list", "read_lists"]
 
 _CHUNK = 1 << 20
 _SPACE = " \t\r\n"
+_AFTER = frozenset(" \t\r\n,:]}")
 
 
 class _Reader:
@@ -28,8 +29,8 @@ class _Reader:
         self._before = 0  # characters that were dropped from the front of the text
         self._decode = json.JSONDecoder().raw_decode
 
-    def _more(self, size: int = _CHUNK) -> bool:
-        chunk = self._file.read(size)
+    def _more(self, size: int = 0) -> bool:
+        chunk = self._file.read(size or _CHUNK)
         if chunk:
             self._before += self._at
             self._text, self._at = self._text[self._at :] + chunk, 0
@@ -71,8 +72,8 @@ class _Reader:
             except RecursionError:
                 raise self.error("nested too deeply") from None
             else:
-                # A number that ends with the text may go on in the next chunk.
-                if end < len(self._text) or not self._more(size):
+                # A number whose end is not seen may go on in the next chunk ("1" of "1.5").
+                if self._text[end : end + 1] in _AFTER or not self._more(size):
                     self._at = end
                     return value
             size *= 2  # a value of many chunks is tried a few times only

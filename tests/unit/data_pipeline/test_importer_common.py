@@ -345,6 +345,7 @@ def test_a_killed_import_goes_on_where_it_was(tmp_path, monkeypatch):
     finished = tars(folder)
     assert 1 <= len(finished) < 4 and not (folder / "manifest.json").exists()
     assert list(folder.glob("*.partial")), "the shard it was writing"
+    (folder / ".shard-000003.tar.idx.x1").write_bytes(b"an index it was writing")
 
     prepare, seen = common.prepare_picture, []
     monkeypatch.setattr(common, "prepare_picture", lambda *a: seen.append(1) or prepare(*a))
@@ -409,8 +410,8 @@ def test_another_import_in_the_same_folder_is_refused(tmp_path):
 
 
 def test_keys_must_differ(tmp_path):
-    items = make_items(tmp_path / "in", 2)
-    with pytest.raises(ValueError, match="'x-0'"):
+    items = make_items(tmp_path / "in", 5)  # of two shards
+    with pytest.raises(ValueError, match="two items have the key 'x-0'"):
         do([*items, items[0]], tmp_path / "out")
 
 
