@@ -9,10 +9,11 @@ new one, and two manifests share what they have in common. States of a shard:
                 hold a shared lock, eviction needs an exclusive one: a file in use is never removed.
     X.tar.idx   the shard's index.
 
-The size limit is kept under one more lock (`lock` in the folder). A part counts with its full
-size, which its name tells: no other record is needed, and nothing is left to repair after kill -9.
-The least recently used goes first; use is recorded by os.utime, which works where noatime is set.
-Locks belong to open files and end with the process. The folder must be on a local disk.
+The size limit is kept under one more lock (`lock` in the folder); names change only under it. A
+part counts with its full size, which its name tells: no other record is needed, and nothing is left
+to repair after kill -9. The least recently used goes first; use is recorded by os.utime, which
+works where noatime is set. Locks belong to open files and end with the process. The folder must be
+on a local disk.
 """
 
 from __future__ import annotations
@@ -219,8 +220,7 @@ class ShardCache:
             if entry.name in self._downloaded:
                 self.counters.add("downloads_again")
             self._downloaded.add(entry.name)
-            part.rename(self.folder / entry.name)
-        self._sync_folder()
+            self._publish(part, self.folder / entry.name)
         return Filled.READY
 
     @contextmanager
@@ -272,11 +272,7 @@ class ShardCache:
         return Filled.FULL
 
     def _make_room(self, entry: Entry, keep: Container[str]) -> bool:
-        """Removes the least recently used until `entry` fits. Under the folder's lock.
-
-        Nothing is removed when it would not suffice for want of files, but a file that turns out
-        to be in use may leave others removed in vain.
-        """
+        """Removes the least recently used until `entry` fits. Under the folder's lock."""
         total, files = 0, []
         for item in os.scandir(self.folder):
             match = _OURS.fullmatch(item.name)
@@ -285,7 +281,7 @@ class ShardCache:
             try:
                 status = item.stat()
             except FileNotFoundError:
-                continue  # renamed this moment; counted by its other name or at the next call
+                continue  # a reader found it damaged
             kind = match[3]
             size = int(match[2]) if kind == ".part" else status.st_size
             total += size
@@ -388,15 +384,19 @@ class ShardCache:
                         os.ftruncate(held.descriptor, 0)
                         _write_all(held.descriptor, content)
                         os.fsync(held.descriptor)
-                    part.rename(path)
-                    self._sync_folder()
+                    self._publish(part, path)
         return path
 
     def drop_index(self, entry: Entry) -> None:
         """Removes an index that cannot be used."""
         (self.folder / f"{entry.name}.idx").unlink(missing_ok=True)
 
-    def _sync_folder(self) -> None:
+    def _publish(self, part: Path, path: Path) -> None:
+        """Gives a complete file its name, for good."""
+        # Under the folder's lock: a listing may miss a file that is renamed meanwhile, and what is
+        # not counted would let the cache grow beyond its limit.
+        with _locked(self.folder / "lock"):
+            part.rename(path)
         descriptor = os.open(self.folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
