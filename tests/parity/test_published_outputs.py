@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data_pipeline.regions import patch_mask
 from models.checkpoints import xvlm as published
+from models.initialise import task_form_from_pretrained
 from models.outputs import AttentionTrace, Capture, EncoderOutput
 from models.vision import resize_positions
 from models.xvlm import XVLM
+from train.losses.vl import contrastive_loss
 
 DATA = Path(__file__).parent / "data"
 ALL = Capture.of(range(9), range(8), range(8))
@@ -131,6 +135,43 @@ def test_region_outputs(loaded):
     box = {k: v for k, v in case.items() if k.startswith(f"out/{name}/bbox/")}
     compare(fused, box, f"out/{name}/bbox", "self_attn")
     close(model.predict_box(fused.last), case[f"out/{name}/bbox"])
+    rows = torch.arange(len(index))
+    texts = torch.cat([rows, rows, case["in/neg_text"]])
+    images = torch.cat([rows, case["in/neg_image"], rows])
+    pairs = model.fuse(text.last[texts], mask[texts], image.rows.last[images], region_mask[images])
+    close(model.match_logits(pairs.last), case[f"out/{name}/itm_logits"])
+    grounding = task_form_from_pretrained(model, "grounding").eval()
+    close(grounding.predict_box(fused.last), case[f"out/{name}/bbox"])
+
+
+@torch.no_grad()
+def test_retrieval_with_several_texts_of_an_image(loaded):
+    """The retrieval form, its negatives drawn outside the pairs of the same image."""
+    _, source, case = loaded
+    model = task_form_from_pretrained(source, "retrieval").eval()
+    mask = case["in/text_atts"].bool()
+    image = model.encode_image(case["in/images"]).last
+    text = model.encode_text(case["in/text_ids"], mask).last
+    rows = torch.arange(len(mask))
+    texts = torch.cat([rows, rows, case["in/itm_idx_neg_text"]])
+    images = torch.cat([rows, case["in/itm_idx_neg_image"], rows])
+    fused = model.fuse(text[texts], mask[texts], image[images]).last
+    close(model.match_logits(fused), case["out/itm_logits_idx"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["low", "high"])
+def test_the_temperature_is_clamped_as_published(loaded, side):
+    _, model, case = loaded
+    kept = model.contrastive.value.clone()
+    try:
+        model.contrastive.value.fill_(case[f"in/clamp_{side}_temp_before"].item())
+        close(model.temperature(), case[f"out/clamp_{side}_temp_after"].reshape(1))
+        features = case["out/image_feat"], case["out/text_feat"]
+        loss, _ = contrastive_loss(*features, model.temperature())
+        close(loss, case[f"out/clamp_{side}_loss_itc"])
+    finally:
+        model.contrastive.value.copy_(kept)
 
 
 def test_keys_survive_the_way_there_and_back(loaded):
@@ -147,3 +188,13 @@ def test_position_resize(grid):
     case = load_file(DATA / "positions.safetensors")
     resized = resize_positions(case["in/pos_embed_4x4"], grid)
     torch.testing.assert_close(resized, case[f"out/pos_embed_{grid}x{grid}"], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "patch"), [(32, 8), (224, 16)])
+def test_patches_of_a_box(size, patch):
+    case = load_file(DATA / "patch_masks.safetensors")
+    corner, extent = (
+        case[f"in/mask_{size}_{patch}_boxes"].double().numpy().reshape(-1, 2, 2).swapaxes(0, 1)
+    )
+    boxes = np.concatenate([corner + extent / 2, extent], axis=1) / size
+    assert np.array_equal(patch_mask(boxes, size, patch), case[f"out/mask_{size}_{patch}"].numpy())
