@@ -16,9 +16,8 @@ from typing import Any, BinaryIO
 
 from data_pipeline.index import build_index
 from data_pipeline.manifest import write_manifest
-from data_pipeline.progress import progress
 
-__all__ = ["ShardSet", "check_key", "clear_shards", "dump_json", "progress", "write_shard"]
+__all__ = ["ShardSet", "check_key", "clear_shards", "dump_json", "write_shard"]
 
 _PARTIAL = ".partial"
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,9 @@ from data_pipeline.blocksworld.render import encode, render
 from data_pipeline.blocksworld.scenes import COLOURS, SHAPES, SPLITS, Scene, draw_scene
 from data_pipeline.blocksworld.vocabulary import vocabulary, write_tokenizer
 from data_pipeline.manifest import write_manifest
-from data_pipeline.shards import clear_shards, dump_json, progress, write_shard
+from data_pipeline.parallel import map_ordered, worker_pool
+from data_pipeline.progress import progress
+from data_pipeline.shards import clear_shards, dump_json, write_shard
 
 __all__ = ["GRAMMAR_VERSION", "TASKS", "build_blocksworld", "load_digests"]
 
@@ -206,31 +206,6 @@ def _units(split: str, scenes: int, per_shard: int) -> list[Unit]:
     return [Unit(split, n, at, min(at + per_shard, scenes)) for n, at in enumerate(starts)]
 
 
-@contextmanager
-def _executor(processes: int) -> Iterator[Executor | None]:
-    """A pool forked from a clean server (the caller's threads cannot hang it); None for one."""
-    if processes <= 1:
-        yield None
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_pipeline.blocksworld.build", "webdataset"])
-    pool = ProcessPoolExecutor(processes, mp_context=context)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _map(pool: Executor | None, work, units: Iterable[Unit]) -> Iterator[Any]:
-    """Results in the order of the units."""
-    if pool is None:
-        yield from map(work, units)
-        return
-    futures: list[Future[Any]] = [pool.submit(work, unit) for unit in units]
-    for future in futures:
-        yield future.result()
-
-
 def _check(settings: Settings, scenes: Mapping[str, int], per_shard: int) -> None:
     unknown = set(settings.tasks) - set(TASKS)
     if unknown or not settings.tasks:
@@ -298,10 +273,10 @@ def build_blocksworld(
         for split in SPLITS:
             clear_shards(settings.out / task / split)
     settings.out.mkdir(parents=True, exist_ok=True)
-    with _executor(processes) as pool:
+    with worker_pool(processes, [__name__, "webdataset"]) as pool:
         units, digests = _plan_units(settings, wanted, excluded, per_shard, pool)
         tallies = {split: Counter() for split in SPLITS}
-        done = _map(pool, partial(_write_unit, settings), units)
+        done = map_ordered(pool, partial(_write_unit, settings), units)
         total = sum(wanted.values())
         for unit, tally in progress(
             done, total, "blocksworld", "scenes", lambda pair: pair[0].scenes
@@ -322,7 +297,7 @@ def _plan_units(
     digests: dict[str, np.ndarray] = {}
     for split, count in wanted.items():
         ranges = _units(split, count, per_shard)
-        drawn = np.concatenate(list(_map(pool, partial(_digests, settings.seed), ranges)))
+        drawn = np.concatenate(list(map_ordered(pool, partial(_digests, settings.seed), ranges)))
         digests[split], again = _settle(settings.seed, split, drawn, excluded)
         for unit in ranges:
             mine = {i: attempt for i, attempt in again.items() if unit.start <= i < unit.stop}

@@ -4,7 +4,8 @@ import pytest
 
 from data_pipeline.index import load_index
 from data_pipeline.manifest import load_manifest
-from data_pipeline.shards import ShardSet, check_key, clear_shards, progress, write_shard
+from data_pipeline.progress import progress
+from data_pipeline.shards import ShardSet, check_key, clear_shards, write_shard
 
 
 def test_samples_are_cut_into_indexed_shards(tmp_path):
@@ -63,3 +64,13 @@ def test_clear_removes_shards_only(tmp_path):
 def test_progress_passes_items_on(capsys):
     assert list(progress(iter([3, 4]), 7, "work", "things", lambda n: n)) == [3, 4]
     assert "work: 7/7 things" in capsys.readouterr().err
+
+
+def test_progress_says_what_is_left(capsys, monkeypatch):
+    clock = iter([0.0, 4.0, 8.0, 12.0])
+    monkeypatch.setattr("data_pipeline.progress.time.monotonic", lambda: next(clock))
+    assert list(progress("abc", 3, "work", "things", interval=0)) == ["a", "b", "c"]
+    first, second, last = capsys.readouterr().err.splitlines()
+    assert first == "work: 1/3 things (0.25/s, 0:00:08 left)"
+    assert second == "work: 2/3 things (0.25/s, 0:00:04 left)"
+    assert last == "work: 3/3 things (0.25/s)"
