@@ -215,8 +215,7 @@ class Attention(nn.Module):
         if self.heads == 0:
             empty = x.new_zeros(x.shape[0], 0, x.shape[1], self.head_dim)
             keys = x.new_zeros(x.shape[0], 0, context.shape[1], self.head_dim)
-            mask = _repeat(key_mask, context.shape[0], x.shape[0])
-            record = AttentionTrace(empty, keys, scale, mask, causal) if trace else None
+            record = _trace(empty, keys, scale, key_mask, causal) if trace else None
             return self.out(x), record
         q = self._split(self.q(x))
         k, v = self._own_keys(context, memory, cache, grows)
@@ -232,10 +231,7 @@ class Attention(nn.Module):
         mixed = _unfold(mixed, q.shape[0])
         if self.gate.z is not None:
             mixed = mixed * self.gate.z.to(mixed.dtype).view(1, -1, 1, 1)
-        record = None
-        if trace:
-            rows, key_mask = q.shape[0], _repeat(key_mask, k.shape[0], q.shape[0])
-            record = AttentionTrace(q, _repeat(k, k.shape[0], rows), scale, key_mask, causal)
+        record = _trace(q, k, scale, key_mask, causal) if trace else None
         return self.out(mixed.transpose(1, 2).flatten(2)), record
 
 
@@ -255,11 +251,18 @@ def _unfold(mixed: Tensor, rows: int) -> Tensor:
     return mixed.unflatten(2, (rows // mixed.shape[0], -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _repeat(per_context: Tensor | None, contexts: int, rows: int) -> Tensor | None:
+def _repeat(per_context: Tensor, rows: int) -> Tensor:
     """(C, ...) -> (rows, ...), each entry for its consecutive rows."""
-    if per_context is None or contexts == rows:
-        return per_context
-    return per_context.repeat_interleave(rows // contexts, dim=0)
+    contexts = per_context.shape[0]
+    return per_context if contexts == rows else per_context.repeat_interleave(rows // contexts, 0)
+
+
+def _trace(
+    q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None, causal: bool
+) -> AttentionTrace:
+    """The trace of q (B, H, N, d) with k (C, H, K, d) and key_mask (C, K): one context a row."""
+    mask = None if key_mask is None else _repeat(key_mask, q.shape[0])
+    return AttentionTrace(q, _repeat(k, q.shape[0]), scale, mask, causal)
 
 
 def _visible(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -99,7 +99,8 @@ def test_tied_weights_and_gates_of_every_form(form):
     leaves = {}
     for name, slot in slots.items():
         leaves[name] = slot.z = torch.full((slot.units,), 0.7, requires_grad=True)
-    sum(value.float().square().mean() for value in outputs(model).values()).backward()
+    terms = [value.float().square().mean() for value in outputs(model).values()]
+    torch.stack(terms).sum().backward()
     for name, leaf in leaves.items():
         assert leaf.grad is not None and leaf.grad.any(), name
 
@@ -135,7 +136,9 @@ def test_pairs_are_single_layers_that_take_turns():
     torch.testing.assert_close(output.last, expected)
     for index, value in enumerate(hidden):
         torch.testing.assert_close(output.hidden[index], value)
-    keys = plain.text.layers[3].cross_attention.keys_values(both[1])[0]
+    second = plain.text.get_submodule("layers.3.cross_attention")
+    assert isinstance(second, Attention)
+    keys = second.keys_values(both[1])[0]
     torch.testing.assert_close(output.cross_attention[1].k, keys)
     whole = model.multimodal(ids, mask, both, seen)
     torch.testing.assert_close(whole.last, expected)
@@ -156,7 +159,10 @@ def test_one_image_where_two_are_read_is_an_error():
 
 def test_shared_keys_are_registered_once_and_counted_once():
     model = presets.create(MICRO, form="nlvr2")
-    owner, reader = (layer.cross_attention for layer in model.text.layers[2:4])
+    owner, reader = (
+        model.text.get_submodule(f"layers.{index}.cross_attention") for index in (2, 3)
+    )
+    assert isinstance(owner, Attention) and isinstance(reader, Attention)
     assert {name for name, _ in reader.named_children()} == {"gate", "q", "out"}
     assert len(dict(model.named_parameters(remove_duplicate=False))) == len(
         {id(parameter) for parameter in model.parameters()}
@@ -171,7 +177,7 @@ def test_shared_keys_are_registered_once_and_counted_once():
 @torch.no_grad()
 def test_a_pair_may_keep_different_heads():
     """Shared heads a, b, c: the first layer reads a and b, the second b and c."""
-    kwargs = {"key_width": 6, "shared_heads": 3}
+    kwargs: dict[str, Any] = {"key_width": 6, "shared_heads": 3}
     owner = Attention(8, 2, 4, **kwargs)
     reader = Attention(8, 2, 4, owner=False, **kwargs)
     x, context = torch.randn(2, 5, 8), torch.randn(2, 7, 6)

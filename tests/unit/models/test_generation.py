@@ -7,6 +7,7 @@ sequences; the search under test works on tensors, with a cache and shared keys.
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -125,7 +126,9 @@ def test_beam_search_is_the_published_loop(seed, beams, lengths, cache, **rest):
         assert found.scores[row].item() == pytest.approx(score, rel=1e-4)
 
 
-@pytest.mark.parametrize(("early_stopping", "length_penalty"), [(True, 3.0), (False, 1.0), (False, 2.0), (False, 4.0)])
+@pytest.mark.parametrize(
+    ("early_stopping", "length_penalty"), [(True, 3.0), (False, 1.0), (False, 2.0), (False, 4.0)]
+)
 def test_a_context_that_is_done_waits_unchanged_for_the_others(early_stopping, length_penalty):
     rules = GenerationSettings(
         end_id=END,
@@ -191,7 +194,7 @@ def test_transformers_agrees_where_its_rules_are_the_same(beams):
         add_cross_attention=True,
         pad_token_id=PAD,
     )
-    theirs = BertLMHeadModel(config).eval()
+    theirs: Any = BertLMHeadModel(config).eval()
     state = published.to_published(source.state_dict())
     names = {key.removeprefix("text_encoder."): value for key, value in state.items()}
     wanted = theirs.state_dict()
@@ -296,14 +299,15 @@ def test_bad_requests_say_what_to_change():
             generate(model, prompt, states, settings=rules)
     with pytest.raises(ValueError, match="one prompt|evenly"):
         model.decode(torch.full((3, 1), START), None, states, None)
-    for wrong, message in (
+    wrongs: tuple[tuple[dict[str, Any], str], ...] = (
         ({"beams": 0}, "at least 1"),
         ({"min_length": 9}, "more than max_length"),
         ({"repetition_penalty": 0.0}, "above 0"),
         ({"pad_id": END}, "must differ"),
-    ):
+    )
+    for wrong, message in wrongs:
         with pytest.raises(ValueError, match=message):
-            GenerationSettings(end_id=END, max_length=6, **({"min_length": 0} | wrong))
+            GenerationSettings(**{"end_id": END, "max_length": 6, "min_length": 0, **wrong})
     with pytest.raises(ValueError, match="form 'retrieval'"):
         other = captioner(9, form="retrieval")
         other.decode(torch.full((2, 1), START), None, states, None)
