@@ -127,28 +127,33 @@ def config_of(
     """
     layers = _depth(state, where)
     plain = {key.removeprefix("bert."): value for key, value in state.items()}
-    shapes = {}
-    for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
-        key = f"embeddings.{name}.weight"
-        if key not in plain:
-            raise ValueError(f"{where}: {key} is missing; not the weights of a BERT")
-        shapes[name] = plain[key].shape
-    width = shapes["word_embeddings"][1]
+    word, positions, types = (
+        plain.get(f"embeddings.{name}_embeddings.weight")
+        for name in ("word", "position", "token_type")
+    )
+    query = plain.get("encoder.layer.0.attention.self.query.weight")
+    if word is None or positions is None or query is None:
+        raise ValueError(
+            f"{where}: not the weights of a BERT (embeddings.word_embeddings, "
+            "embeddings.position_embeddings, encoder.layer.0.attention.self.query)"
+        )
+    width, tables = query.shape[1], word.shape[1]
     if width % head_dim:
         raise ValueError(
             f"{where}: width {width} is not a multiple of head size {head_dim}; give text.head_dim"
         )
     units = [plain.get(f"encoder.layer.{index}.intermediate.dense.bias") for index in range(layers)]
-    heads = width // head_dim
+    heads, fusion = width // head_dim, layers // 2
     return TextConfig(
-        vocab_size=shapes["word_embeddings"][0],
-        max_positions=shapes["position_embeddings"][0],
-        type_vocab_size=shapes["token_type_embeddings"][0],
+        vocab_size=word.shape[0],
+        max_positions=positions.shape[0],
+        type_vocab_size=0 if types is None else types.shape[0],
         width=width,
+        word_width=None if tables == width else tables,
         head_dim=head_dim,
-        text_layers=layers // 2,
+        text_layers=layers - fusion,
         heads=(heads,) * layers,
-        cross_heads=(heads,) * (layers - layers // 2),
+        cross_heads=(heads,) * fusion,
         ffn=tuple(4 * width if unit is None else unit.shape[0] for unit in units),
     )
 

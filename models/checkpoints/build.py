@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from models.backbones import hf_fields
-from models.checkpoints import bert, clip, timm, xvlm
+from models.checkpoints import bert, clip, hf_text, timm, xvlm
 from models.checkpoints.conversion import ConversionReport, fit_positions
 from models.config import ModelConfig
 from models.initialise import task_form
@@ -42,7 +42,11 @@ _SECTION = {"clip": "vision", "timm": "vision", "bert": "text"}
 _POSITION = "vision.embeddings.position"
 # what no tensor shows, by the section of the configuration that a kind fills
 _UNSEEN = ("head_dim", "activation", "norm_eps")
-_OF_BERT = (*_UNSEEN, "dropout", "attention_dropout", "pad_id", "init_std")
+_OF_BERT = (
+    *_UNSEEN,
+    *("vocab_size", "max_positions", "position_offset", "type_vocab_size", "word_width"),
+    *("dropout", "attention_dropout", "pad_id", "init_std"),
+)
 
 
 @dataclass(frozen=True)
@@ -171,8 +175,10 @@ def _shown(
             where=where,
         )
     if kind == "bert":
+        names = hf_text.bert_names(state)
+        renamed = {names[key]: value for key, value in state.items()}
         head_dim = text.get("head_dim", 64)
-        return ModelConfig(text=bert.config_of(state, head_dim=head_dim, where=where))
+        return ModelConfig(text=bert.config_of(renamed, head_dim=head_dim, where=where))
     if kind == "clip":
         found = clip.config_of(state, head_dim=head_dim, region_layers=region, where=where)
     else:
@@ -210,7 +216,7 @@ def _load(
         "where": where,
     }
     if kind == "bert":
-        report = bert.load(model, state, options.layer_map, **allow)
+        report = hf_text.load(model, state, options.layer_map, **allow)
         report.missing = [k for k in report.missing if k.startswith(("text.", "mlm_head."))]
         return report
     if kind == "clip":
@@ -232,7 +238,7 @@ def _assumed(kind: str, config: ModelConfig, options: Options) -> list[str]:
     taken = [
         f"{section}.{name} {getattr(getattr(config, section), name)}"
         for section in sections
-        for name in (*_UNSEEN, *(("region_layers",) if section == "vision" else ()))
+        for name in (*_UNSEEN, "region_layers" if section == "vision" else "position_offset")
         if name not in options.sizes.get(section, {})
     ]
     if kind == "timm" and sections and "image_mean" not in options.sizes:

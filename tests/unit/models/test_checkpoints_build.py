@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, CLIPVisionConfig, CLIPVisi
 from models import presets
 from models.checkpoints import build, xvlm
 from models.checkpoints.build import Options
+from models.checkpoints.files import foreign_config
 
 _WORD = "bert.embeddings.word_embeddings.weight"
 VISION = {"head_dim": 8}
@@ -186,3 +187,29 @@ def test_the_record_remembers_every_key_and_what_is_fresh(tmp_path):
     (tmp_path / build.RECORD).write_text("{}")
     with pytest.raises(ValueError, match="conversion.json: not a record"):
         build.fresh_keys(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", "electra"])
+def test_relatives_of_bert_with_their_configuration(kind, tmp_path):
+    """What no tensor shows (RoBERTa's unused positions) comes from the config.json beside."""
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {
+        "roberta": {"max_position_embeddings": 14, "pad_token_id": 1},
+        "distilbert": {"max_position_embeddings": 12, "dim": 32, "n_layers": 4, "n_heads": 4},
+        "electra": {"max_position_embeddings": 12, "embedding_size": 16},
+    }[kind]
+    layers = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    ffn = {"hidden_dim": 48} if kind == "distilbert" else {"intermediate_size": 48, **layers}
+    foreign = AutoModel.from_config(AutoConfig.for_model(kind, vocab_size=40, **ffn, **sizes))
+    foreign.eval().save_pretrained(tmp_path)
+    file, values = foreign_config(tmp_path / "model.safetensors")
+    beside = build.sizes_beside("bert", values, file)
+    vision = {"width": 32, "heads": [1], "ffn": [8], "region_layers": 0, "image_size": 16}
+    split = {"text_layers": 4, "cross_heads": []}
+    whole = build.merged({"vision": vision, "text": split}, beside)
+    made = build.build("bert", foreign.state_dict(), Options(sizes=whole))
+    ids = torch.randint(3, 40, (2, 12))
+    with torch.no_grad():
+        ours, theirs = made.model.encode_text(ids, None).last, foreign(ids).last_hidden_state
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
