@@ -67,18 +67,18 @@ def _coco_parser(sources: Any) -> None:
     coco.add_argument(
         "--instances",
         type=Path,
-        action="append",
+        nargs="+",
         default=[],
         metavar="FILE",
-        help="instances_*.json: a region for each object (may be repeated)",
+        help="instances_*.json: a region for each object",
     )
     coco.add_argument(
         "--images",
         type=Path,
-        action="append",
+        nargs="+",
         required=True,
         metavar="DIR|ZIP",
-        help="folder or zip of the images (may be repeated)",
+        help="folders and zips of the images",
     )
     coco.add_argument(
         "--tasks", type=names, default=("pretrain",), help="of pretrain,captioning,retrieval"
@@ -109,7 +109,7 @@ def _genome_parser(sources: Any) -> None:
         description="Regions and objects become OUT/pretrain/SPLIT, questions OUT/vqa/SPLIT.",
         epilog="example: espalier data build visual-genome --image-data image_data.json "
         "--regions region_descriptions.json --objects objects.json --attributes attributes.json "
-        "--images images.zip --images images2.zip --out data/vg",
+        "--images images.zip images2.zip --out data/vg",
     )
     files = {
         "--image-data": "image_data.json",
@@ -124,10 +124,10 @@ def _genome_parser(sources: Any) -> None:
     genome.add_argument(
         "--images",
         type=Path,
-        action="append",
+        nargs="+",
         required=True,
         metavar="DIR|ZIP",
-        help="VG_100K and VG_100K_2, or images.zip and images2.zip (repeat the option)",
+        help="VG_100K and VG_100K_2, or images.zip and images2.zip",
     )
     genome.add_argument(
         "--captions",

@@ -218,8 +218,7 @@ def test_the_verb(genome, tmp_path, capsys):
     words = ["data", "build", "visual-genome", "--image-data", genome["image_data"], "--regions",
              genome["region_descriptions"], "--questions", genome["question_answers"],
              "--processes", "1", "--out", tmp_path / "out"]  # fmt: skip
-    for folder in folders(genome):
-        words += ["--images", folder]
+    words += ["--images", *folders(genome)]
     assert commands.run(parser.parse_args(list(map(str, words)))) == 0
     said = capsys.readouterr().out.splitlines()
     assert "pretrain/train: 2 images" in said[0] and "vqa/train: 1 images" in said[1]
