@@ -53,7 +53,7 @@ def check_frame(frame: tuple[int, int], whole: tuple[int, int]) -> None:
 
 
 def fit_boxes(data: dict[str, Any], frame: tuple[int, int], size: tuple[int, int]) -> Counter[str]:
-    """Puts the boxes of a record into a picture of `size` (width, height), in place; counts changes.
+    """Puts the boxes of a record into a picture of `size` (width, height), in place; counts them.
 
     Args:
         frame: (width, height) that the boxes are pixels of.

@@ -10,7 +10,7 @@ number of processes or ranks, nor on where an earlier run was stopped. In OUT/TA
     skipped.jsonl        key, file and reason of every item that was left out
     manifest.json        written last: with it the import is complete
 
-Pictures are decoded once each; boxes are scaled with them, clipped to them, and left out and counted
+Pictures are decoded once each; boxes are scaled with them, clipped to them, and left out, counted,
 where less than a pixel of them remains.
 """
 

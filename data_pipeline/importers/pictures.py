@@ -181,7 +181,7 @@ class Prepared:
 
 
 def _facts(raw: bytes) -> tuple[str, str, int, tuple[int, int]]:
-    """(format, mode, orientation tag, size) from the header; ("", "", 1, (0, 0)) if PIL has none."""
+    """(format, mode, orientation tag, size) of the header; ("", "", 1, (0, 0)) if PIL has none"""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
