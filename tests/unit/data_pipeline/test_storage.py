@@ -222,17 +222,22 @@ def test_prefetch_keeps_the_order_and_the_limit(
 ) -> None:
     monkeypatch.setattr("data_pipeline.downloads._THREADS", 1)
     manifest, storage = opened(f"{server.url}/set", cached)
-    sizes = [line.bytes for line in manifest.shards]
-    storage._options = replace(cached, cache_gb=(sizes[3] + sizes[1] + sizes[0] + 1) / 1e9)
-    storage.prefetch(manifest, [3, 1, 0, 2])
-    settle(storage)
-    names = [request.name for request in server.requests if request.name.endswith(".tar")]
-    assert names == [f"set/{manifest.shards[shard].name}" for shard in (3, 1, 0)]
-    storage.prefetch(manifest, [0, 2])
-    settle(storage)
-    assert server.requests[-1].name == f"set/{manifest.shards[2].name}"
-    sample(storage, manifest, 0, 0)
-    assert storage.counters()["cache_misses"] == 0  # the plan protected it
+    assert len({line.bytes for line in manifest.shards}) == 1
+    storage._options = replace(cached, cache_gb=(3 * manifest.shards[0].bytes + 100) / 1e9)
+
+    def prefetch(*shards: int) -> list[int]:
+        before = len(server.requests)
+        storage.prefetch(manifest, shards)
+        settle(storage)
+        numbers = {f"set/{line.name}": number for number, line in enumerate(manifest.shards)}
+        return [numbers[request.name] for request in server.requests[before:]]
+
+    assert prefetch(2) == [2]
+    # 2 is planned last and does not fit: it must not keep out 0, which is needed earlier.
+    assert prefetch(3, 1, 0, 2) == [3, 1, 0]
+    # 3 is the oldest but planned, so that 1 makes room for 2.
+    assert prefetch(2, 3) == [2]
+    assert prefetch(0, 2, 3) == [] and storage.counters()["downloads_again"] == 1
 
 
 def test_a_cache_for_less_than_a_shard_is_refused(server: Loopback, cached: RemoteOptions) -> None:
