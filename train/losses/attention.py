@@ -22,7 +22,11 @@ __all__ = [
     "attention_mse_reference",
     "attention_probabilities",
     "attention_sum",
+    "check_maps",
+    "log_normalisers",
     "probabilities_mse",
+    "visible_keys",
+    "widen",
 ]
 
 Kind = Literal["mse", "kl"]
@@ -37,7 +41,7 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _visible(trace: AttentionTrace, rows: slice, queries: slice) -> Tensor | None:
+def visible_keys(trace: AttentionTrace, rows: slice, queries: slice) -> Tensor | None:
     """(b, 1, nq or 1, Nk) bool of visible keys, or None when all are."""
     mask = None if trace.key_mask is None else trace.key_mask[rows, None, None, :]
     if trace.causal:
@@ -55,7 +59,7 @@ def _log_softmax(
     """Log-probabilities (b, H, nq, Nk) of a chunk (meaningless on hidden keys), visible keys."""
     q = widen(trace.q[rows, :, queries]) * trace.scale
     scores = q @ widen(trace.k[rows]).transpose(-1, -2)
-    visible = _visible(trace, rows, queries)
+    visible = visible_keys(trace, rows, queries)
     if visible is not None:
         scores = scores.masked_fill(~visible, _HIDDEN)
     return scores.log_softmax(dim=-1), visible
@@ -82,7 +86,7 @@ def probabilities_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 def attention_mse_reference(student: AttentionTrace, teacher: AttentionTrace) -> Tensor:
     """What `attention_mse` computes, with whole maps and plain autograd."""
-    _check(student, teacher)
+    check_maps(student, teacher)
     return probabilities_mse(
         attention_probabilities(student), attention_probabilities(teacher).detach()
     )
@@ -90,7 +94,7 @@ def attention_mse_reference(student: AttentionTrace, teacher: AttentionTrace) ->
 
 def attention_kl_reference(student: AttentionTrace, teacher: AttentionTrace) -> Tensor:
     """What `attention_kl` computes, with whole maps and plain autograd."""
-    _check(student, teacher)
+    check_maps(student, teacher)
     rows, queries = slice(0, student.q.shape[0]), slice(0, student.q.shape[2])
     log_p, _ = _log_softmax(student, rows, queries)
     log_t, visible = _log_softmax(teacher, rows, queries)
@@ -98,7 +102,8 @@ def attention_kl_reference(student: AttentionTrace, teacher: AttentionTrace) -> 
     return (t.detach() * (log_t.detach() - log_p)).sum(dim=-1).mean()
 
 
-def _check(student: AttentionTrace, teacher: AttentionTrace) -> None:
+def check_maps(student: AttentionTrace, teacher: AttentionTrace) -> None:
+    """Raises ValueError when the two maps have different shapes."""
     ours = (*student.q.shape[:3], student.k.shape[2])
     theirs = (*teacher.q.shape[:3], teacher.k.shape[2])
     if ours != theirs:
@@ -223,12 +228,28 @@ def _detached(trace: AttentionTrace) -> AttentionTrace:
 def _distance(
     student: AttentionTrace, teacher: AttentionTrace, kind: Kind, chunk: int | None
 ) -> Tensor:
-    _check(student, teacher)
+    check_maps(student, teacher)
     loss = _AttentionDistance.apply(
         student.q, student.k, _detached(student), _detached(teacher), kind, chunk
     )
     assert isinstance(loss, Tensor)
     return loss
+
+
+@torch.no_grad()
+def log_normalisers(trace: AttentionTrace, chunk: int | None = None) -> Tensor:
+    """(B, H, Nq) log of the softmax's denominators, streamed; -inf where a query sees no key."""
+    q, k = trace.q, trace.k
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    result = torch.empty(q.shape[:3], dtype=wide, device=q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        for rows, queries in _chunks(trace, chunk):
+            scores = widen(q[rows, :, queries]) * trace.scale @ widen(k[rows]).transpose(-1, -2)
+            visible = visible_keys(trace, rows, queries)
+            if visible is not None:
+                scores = scores.masked_fill(~visible, float("-inf"))
+            result[rows, :, queries] = scores.logsumexp(dim=-1)
+    return result
 
 
 def attention_mse(
