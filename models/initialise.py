@@ -127,8 +127,9 @@ def _copy(
         if key not in state or origin not in source:
             continue
         value, vision = source[origin], model.config.vision
-        if key == _POSITION and value.shape[0] != vision.tokens:
-            value = resize_positions(value, vision.image_size // vision.patch_size)
+        if key == _POSITION and value.shape[0] != vision.position_rows:
+            grid = vision.image_size // vision.patch_size
+            value = resize_positions(value, grid, vision.position_prefix)
             resized.append(key)
         if value.shape != state[key].shape:
             wrong.append(f"{key} {tuple(state[key].shape)} from {origin} {tuple(value.shape)}")

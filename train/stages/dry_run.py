@@ -58,7 +58,7 @@ def _activation_bytes(model: ModelConfig, rows: int, text_tokens: int, element: 
         if layer >= text.text_layers:
             cross = text.cross_heads[layer - text.text_layers] * text.head_dim
             repeats = passes[1]
-            total += rows * repeats * 2 * cross * vision.tokens
+            total += rows * repeats * 2 * cross * vision.output_tokens
             width += 4 * text.width + 2 * cross
         total += rows * repeats * text_tokens * width
     return total * element
@@ -122,7 +122,7 @@ def describe(config: RunConfig, ranks: int = 8) -> str:
         f"layers: {vision.layers} vision, {text.text_layers} text, {text.fusion_layers} fusion, "
         f"{student.decoder.layers if student.decoder else 0} decoder",
         f"images ({data.batch}, 3, {vision.image_size}, {vision.image_size}) uint8 -> "
-        f"({data.batch}, {vision.tokens}, {vision.width})",
+        f"({data.batch}, {vision.output_tokens}, {vision.width})",
         f"text ({data.batch * data.rows_per_image}, {data.max_tokens}) int64",
     ]
     if teacher is not None:

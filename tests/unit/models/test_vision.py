@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from models import presets
+from models.initialise import task_form_from_pretrained
 from models.outputs import Capture
 from models.vision import VisionEncoder, resize_positions
 from models.xvlm import XVLM
@@ -207,6 +208,16 @@ def test_resizing_keeps_as_many_rows_as_stand_in_front():
     assert resized.shape == (39, 4) and torch.equal(resized[:3], positions[:3])
     assert torch.equal(resized[3:], resize_positions(positions[2:], 6)[1:])
     assert torch.equal(resized[3:], resize_positions(positions[3:], 6, prefix=0))
+
+
+def test_a_task_form_of_another_size_keeps_the_rows_in_front():
+    for changes, rows in (({"register_tokens": 3}, 4), ({"prefix_positions": False}, 0)):
+        pretrained = presets.create("blocksworld-micro-student", vision=changes)
+        config = pretrained.config.as_form("vqa", image_size=64)
+        model = task_form_from_pretrained(pretrained, "vqa", config=config)
+        old, new = (m.vision.embeddings.position for m in (pretrained, model))
+        assert new.shape[0] == rows + 64
+        assert torch.equal(new, resize_positions(old.detach(), 8, rows))
 
 
 def test_stochastic_depth_only_while_training():
