@@ -102,6 +102,7 @@ class Loopback:
         self.latency_s = latency_s
         self.bytes_per_s = bytes_per_s
         self._faults: dict[str, deque[Fault]] = defaultdict(deque)
+        self._tags: dict[int, tuple[bytes, str]] = {}
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"site": self})
         self._server = _Server(("127.0.0.1", 0), handler)
@@ -123,6 +124,14 @@ class Loopback:
         """The requests of one file."""
         with self._lock:
             return [request for request in self.requests if request.name == name]
+
+    def tag(self, content: bytes) -> str:
+        """The entity tag of a content."""
+        known = self._tags.get(id(content))
+        if known is None or known[0] is not content:
+            known = (content, f'"{xxhash.xxh3_64_hexdigest(content)}"')
+            self._tags[id(content)] = known
+        return known[1]
 
     def connected(self) -> None:
         """Counts a connection."""
@@ -188,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(
         self, content: bytes, asked: tuple[int, int | None] | None, fault: Fault | None
     ) -> None:
-        etag = f'"{xxhash.xxh3_64_hexdigest(content)}"'
+        etag = self.site.tag(content)
         wanted = self.headers.get("If-Match")
         if wanted not in (None, "*", etag):
             return self._error(412)
