@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import xxhash
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import map as map_stage
 from webdataset.pipeline import DataPipeline
@@ -24,6 +23,7 @@ from data_pipeline.batches import Batch
 from data_pipeline.collate import Assembler
 from data_pipeline.decode import decode_image
 from data_pipeline.faults import MAX_CONSECUTIVE, Fault, SkipSample
+from data_pipeline.index import checksum
 from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import Mixture, step_positions
 from data_pipeline.records import RecordError, image_members, parse_record
@@ -90,9 +90,9 @@ class ShardReader:
         start = members[0].offset
         raw = memoryview(file.read(start, members[-1].offset + members[-1].size - start))
         sample: Sample = {"__key__": file.index.key(number), "__url__": file.name}
-        for extension, offset, size, checksum in members:
+        for extension, offset, size, indexed in members:
             data = raw[offset - start : offset - start + size]
-            if xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF != checksum:
+            if checksum(data) != indexed:
                 reason = f"the bytes of member '.{extension}' are not those that were indexed"
                 sample["__skip__"] = SkipSample("hash", reason)
             sample[extension] = bytes(data)
