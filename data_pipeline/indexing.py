@@ -22,13 +22,12 @@ from data_pipeline.manifest import (
     MANIFEST_NAME,
     OWN_VALUES,
     Manifest,
-    ShardFacts,
     load_manifest,
-    survey,
     write_manifest,
 )
 from data_pipeline.parallel import gather, my_part, run_units, together
 from data_pipeline.records import TASKS
+from data_pipeline.survey import ShardFacts, survey
 
 __all__ = ["IndexReport", "data_folders", "index_folder"]
 

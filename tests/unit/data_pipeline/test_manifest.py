@@ -22,11 +22,11 @@ from data_pipeline.manifest import (
     keep_name,
     load_manifest,
     parse_manifest,
-    survey,
     write_keep,
     write_manifest,
 )
 from data_pipeline.shards import write_shard
+from data_pipeline.survey import survey
 
 
 def write_keys(folder: Path, *shards: list[str]) -> dict:
