@@ -182,7 +182,6 @@ def _run_index(args: argparse.Namespace) -> int:
 
 def _filter(folder: Path, args: argparse.Namespace) -> None:
     from data_pipeline.filters import FilterRules, apply
-    from data_pipeline.parallel import shares, together
 
     rules = FilterRules(
         leaks=tuple(args.drop_leaks),
@@ -190,10 +189,11 @@ def _filter(folder: Path, args: argparse.Namespace) -> None:
         min_side=args.min_side or 0,
         min_words=args.min_words or 0,
     )
-    with together():
-        if shares()[0] == 0:
-            content = apply(folder, rules, args.processes)
-            print(f"{folder}: {content['samples']} samples kept")
+    content = apply(folder, rules, args.processes)
+    if content is not None:
+        dropped = content["filter"]["dropped"].items()
+        said = ", ".join(f"{count} dropped by {rule}" for rule, count in dropped)
+        print(f"{folder}: {content['samples']} samples kept, {said or 'none dropped'}")
 
 
 def _run_verify(args: argparse.Namespace) -> int:

@@ -1,18 +1,20 @@
 """Perceptual hash of pictures, and the search for near-equal hashes among millions.
 
 The hash is the DCT hash ("pHash") in a variant that was chosen by measurement: the picture, in
-grey and averaged to 32x32, is transformed by a DCT-II, and the signs of its 64 lowest frequencies
+grey and reduced to 32x32, is transformed by a DCT-II, and the signs of its 64 lowest frequencies
 without the mean, in zig-zag order, are the bits. A coefficient must exceed one grey level to set
 its bit: those of symmetric drawings are zero but for rounding, and would otherwise be noise (up to
-20 wrong bits after a mere change of size; 7 with the dead zone).
+20 wrong bits after a mere change of size; 4 with the dead zone).
 
 How far apart pictures are, of 64 bits, median and 95th percentile over 100 photo-like pictures of
-640x480: JPEG quality 30: 0, 1; half the size: 0, 0; a fifth: 0, 2; squeezed into a square: 0, 2;
-15 % brighter: 0, 2; cut by 1 % at each side: 2, 4; by 2 %: 4, 8; by 5 %: 11, 16. Different ones: 32
-on average, never below 16 in 4,950 pairs. MAX_DISTANCE = 4 finds all that was compressed or scaled
-and 96 % of what was cut by 1 %. If bits were fair coins, the 8e11 pairs of 4M pictures and 200k test
-pictures would have 0.03 at distance <= 4, 4 at <= 6 and 225 at <= 8 by chance; those of real
-pictures are less random, so there is no room for more.
+640x480 (in brackets: over 120 drawings and screenshots): JPEG quality 30: 0, 1 (0, 2); half the
+size: 0, 1 (0, 2); a fifth: 0, 1 (1, 4); squeezed into a square: 0, 1 (0, 2); 15 % brighter: 0, 2
+(3, 10, since white is cut off); 1 % cut off at each side: 2, 5 (3, 6); 2 %: 4, 8 (5, 11); 5 %: 11, 16
+(12, 21). Different photo-like pictures: 32 on average, never below 17 in 4,950 pairs.
+MAX_DISTANCE = 4 finds all that was compressed or scaled and 92 % (78 %) of what was cut by 1 %. If
+bits were fair coins, the 8e11 pairs of 4M pictures and 200k test pictures would have 0.03 at
+distance <= 4, 4 at <= 6 and 225 at <= 8 by chance; those of real pictures are less random, so there
+is no room for more.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def hash_grey(grey: np.ndarray) -> int:
 def picture_hash(raw: bytes) -> int:
     """The hash of a JPEG or PNG; NO_HASH for a picture without structure.
 
-    JPEGs are decoded at the smallest scale that keeps 64 pixels a side: the hash needs no more, and
+    JPEGs are decoded at the smallest scale that keeps 128 pixels a side: the hash needs no more, and
     colours and most of the inverse transform are spared.
 
     Raises: SkipSample: not a picture, cut, undecodable, or larger than MAX_PIXELS.
@@ -81,13 +83,15 @@ def picture_hash(raw: bytes) -> int:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 image = Image.open(io.BytesIO(raw))
-                image.draft("L", (2 * _SIDE, 2 * _SIDE))
+                image.draft("L", (4 * _SIDE, 4 * _SIDE))
                 grey = image.convert("L")
         else:
             grey = Image.fromarray(decode_image(raw)).convert("L")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SkipSample("decode", f"the image cannot be decoded: {error}") from None
-    small = grey.convert("F").resize((_SIDE, _SIDE), Image.Resampling.BOX)
+    # Pillow's BOX weighs whole pixels, which costs up to 17 bits at odd ratios; BILINEAR widens its
+    # triangle when it reduces.
+    small = grey.convert("F").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
     return hash_grey(np.asarray(small))
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import pickletools
+from typing import Any
 
 import pytest
 
@@ -79,12 +80,13 @@ def published(tmp_path):
 
 
 def build(folder, out, **options):
+    chosen: dict[str, Any] = {"processes": 1} | options
     return build_refcoco(
         folder / "refs(unc).p",
         folder / "instances.json",
         [folder.parent / "train2014"],
         out,
-        **{"processes": 1} | options,
+        **chosen,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from typing import Any
 
 import pytest
 
@@ -91,13 +92,14 @@ def published(tmp_path):
 
 
 def build(files, *splits, **options):
+    chosen: dict[str, Any] = {"min_count": 1, "processes": 1} | options
     root = files["train"].parent
     return build_vqa(
         [files[split] for split in splits],
         [files[f"{split} answers"] for split in splits if f"{split} answers" in files],
         [root / "train2014", root / "val2014", root / "test2015"],
         root / "out",
-        **{"min_count": 1, "processes": 1} | options,
+        **chosen,
     )
 
 

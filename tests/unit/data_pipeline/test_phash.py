@@ -1,12 +1,10 @@
 """The perceptual hash on pictures that were changed, and its search against brute force."""
 
-import io
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from data_pipeline.faults import SkipSample
 from data_pipeline.phash import (
@@ -17,29 +15,7 @@ from data_pipeline.phash import (
     nearest,
     picture_hash,
 )
-
-
-def photo(seed: int, width: int = 320, height: int = 240) -> Image.Image:
-    """A picture with the spectrum of photographs (amplitude falls with frequency) and edges."""
-    rng = np.random.default_rng(seed)
-    fy, fx = np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width)[None] * width
-    slope = np.maximum(np.hypot(fy, fx), 1) ** -1.2
-    noise = rng.normal(size=(3, *slope.shape)) + 1j * rng.normal(size=(3, *slope.shape))
-    pixels = np.fft.irfft2(noise * slope, s=(height, width))
-    pixels = np.cumsum(pixels, 0)
-    pixels = 128 + 45 * pixels / pixels.std((1, 2), keepdims=True)
-    image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8).transpose(1, 2, 0).copy())
-    draw = ImageDraw.Draw(image)
-    for _ in range(rng.integers(1, 5)):
-        x, y, side = rng.integers(width), rng.integers(height), rng.integers(20, 90)
-        draw.rectangle((x, y, x + side, y + side), fill=tuple(rng.integers(0, 255, 3).tolist()))
-    return image
-
-
-def encode(image: Image.Image, kind: str = "JPEG", quality: int = 90) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, quality=quality)
-    return buffer.getvalue()
+from tests.unit.data_pipeline.published import encode, photo
 
 
 def cut(image: Image.Image, share: float) -> Image.Image:
