@@ -106,7 +106,7 @@ def _flock(descriptor: int, kind: int) -> bool:
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise OSError(
-                "data.cache_dir: the file system has no file locks; use a folder on a local disk"
+                "data.remote.cache: the file system has no file locks; use a folder on a local disk"
             ) from None
         raise
     return True
@@ -155,7 +155,7 @@ class ShardCache:
     ) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder}: the cache folder (data.cache_dir) cannot be written")
+            raise PermissionError(f"{folder}: the cache folder (data.remote.cache) cannot be written")
         self.folder = folder
         self.limit = limit
         self.counters = counters
@@ -244,7 +244,7 @@ class ShardCache:
             if waited > patience_s:
                 raise OSError(
                     f"{self.folder}: no room for {entry.label} for {patience_s:.0f} s: "
-                    "everything else is in use; raise data.cache_gb"
+                    "everything else is in use; raise data.remote.cache_gb"
                 )
             self._sleep(_POLL_S)
             waited += _POLL_S if outcome is Filled.FULL else 0.0
@@ -339,8 +339,8 @@ class ShardCache:
             part.unlink(missing_ok=True)
             raise OSError(
                 error.errno,
-                f"{self.folder}: the disk of the cache is full; lower data.cache_gb, "
-                "or set data.cache_dir to another disk",
+                f"{self.folder}: the disk of the cache is full; lower data.remote.cache_gb, "
+                "or set data.remote.cache to another disk",
             ) from None
 
     def _write(

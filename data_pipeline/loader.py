@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -96,6 +97,7 @@ class Loader:
         self._task, self._batch, self._train = task, batch, train
         self._rank, self._world_size = rank, world_size
         self._workers, self._device = workers, device
+        self._transfers: dict[int, dict[str, int]] = {}
 
     @property
     def samples_per_epoch(self) -> int:
@@ -111,6 +113,16 @@ class Loader:
     def faults(self) -> dict[str, int]:
         """Skipped samples of this rank by kind, since the start of this process."""
         return dict(self._ledger.counts)
+
+    @property
+    def transfers(self) -> dict[str, int]:
+        """What this rank's processes fetched over networks (`remote.COUNTERS`); empty for local
+        data.
+        """
+        total: Counter[str] = Counter()
+        for counted in self._transfers.values():
+            total.update(counted)
+        return dict(total)
 
     @property
     def epoch(self) -> float:
@@ -158,6 +170,8 @@ class Loader:
             if delivery.error:
                 raise ShardError(delivery.error)
             self._ledger.deliver(delivery.positions, delivery.faults)
+            if delivery.counters:
+                self._transfers[delivery.process] = delivery.counters
             if delivery.batch is None:
                 raise FaultError(delivery.faults[-1].message())
             if self._train:
@@ -311,8 +325,12 @@ def build_loader(
         mlm_probability=mlm_probability, mlm_max=mlm_max, rows_per_image=rows_per_image,
         augment=augment, region=region,
     )  # fmt: skip
+    storages = [
+        storage_for(manifest, remote, path)
+        for manifest, (path, _) in zip(manifests, sources, strict=True)
+    ]
     return Loader(
-        manifests, [storage_for(m, remote) for m in manifests], where, assembler, ledger,
+        manifests, storages, where, assembler, ledger,
         task=task, batch=size, rank=rank, world_size=world_size, train=train, workers=workers,
         device=torch.device(device),
     )  # fmt: skip

@@ -70,9 +70,9 @@ class RemoteOptions:
     def __post_init__(self) -> None:
         for name in ("cache_gb", "timeout_s", "deadline_s"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"data.{name} must be positive, is {getattr(self, name)}")
+                raise ValueError(f"data.remote.{name} must be positive, is {getattr(self, name)}")
         if self.retries < 0:
-            raise ValueError(f"data.retries must not be negative, is {self.retries}")
+            raise ValueError(f"data.remote.retries must not be negative, is {self.retries}")
 
 
 class Counters:
@@ -149,7 +149,7 @@ class _Patience:
             raise TransientError(
                 f"{self._url}: gave up after {tries} in {spent:.0f} s; last cause: {fault.cause}"
                 f"{asked}. When the server and the network are well, start the run again: it "
-                "resumes where it was (keys data.retries, data.deadline_s)"
+                "resumes where it was (keys data.remote.retries, data.remote.deadline_s)"
             )
         self._fetcher.counters.add("retries")
         self._fetcher.sleep(wait)

@@ -337,7 +337,7 @@ def open_manifest(
 
     Raises:
         FileNotFoundError: no folder or manifest.
-        ValueError: unknown scheme, or a command without data.allow_pipe.
+        ValueError: unknown scheme, or a command without data.remote.allow_pipe.
         ShardError: the manifest is damaged, or of another version.
         TransientError: the server cannot be reached.   PermissionError: it refuses.
     """
@@ -373,16 +373,16 @@ def storage_for(
     if options.cache_dir is None:
         if not source.ranges:
             raise ValueError(
-                f"{printable(place)}: a command gives whole shards; set data.cache_dir to a folder "
+                f"{printable(place)}: a command gives whole shards; set data.remote.cache to a folder "
                 "on a local disk"
             )
         return RemoteStorage(place, options)
     largest = max(manifest.shards, key=lambda shard: shard.bytes)
     if largest.bytes > _limit(options):
         raise ValueError(
-            f"data.cache_gb={options.cache_gb:g} is too small for one shard: {largest.name} of "
+            f"data.remote.cache_gb={options.cache_gb:g} is too small for one shard: {largest.name} of "
             f"{printable(place)} has {largest.bytes / 1e9:.3g} GB; raise it, or set "
-            "data.cache_dir to none"
+            "data.remote.cache to none"
         )
     ShardCache(options.cache_dir, _limit(options), Counters())  # its folder, before a worker does
     return RemoteStorage(place, options)

@@ -9,9 +9,10 @@ returns batches in that order, so the stream does not depend on W.
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+import os
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import Mixture, step_positions
 from data_pipeline.records import RecordError, image_members, parse_record
 from data_pipeline.shards import dump_json
-from data_pipeline.storage import ShardFile, Storage
+from data_pipeline.storage import LocalStorage, ShardFile, Storage
 from data_pipeline.tar_headers import ShardError
 
 __all__ = ["Delivery", "PlannedSource", "ShardReader", "build_pipeline"]
@@ -100,7 +101,15 @@ class ShardReader:
 
     def remote(self, dataset: int) -> bool:
         """True where shards come over a network."""
-        return self._place(dataset)[0].remote
+        return not isinstance(self._place(dataset)[1], LocalStorage)
+
+    def counters(self) -> dict[str, int]:
+        """What the storages did in this process: requests, retries, bytes, cache hits ..."""
+        total: Counter[str] = Counter()
+        for storage in self.storages:
+            if storage is not None:
+                total.update(storage.counters())
+        return dict(total)
 
     def announce(self, dataset: int, shards: Sequence[int]) -> None:
         """Says which shards are needed, in order, so that a remote storage can fetch them."""
@@ -306,13 +315,17 @@ class Delivery:
     """What a worker sends: a batch and the faults met on the way; or no batch when they end the
     run.
 
-    `error`: message of a shard problem, to be raised in the main process.
+    Attributes:
+        error: message of a shard problem, to be raised in the main process.
+        counters: what the storages of this process did so far.   process: its number.
     """
 
     batch: Batch | None
     positions: tuple[int, ...] = ()
     faults: tuple[Fault, ...] = ()
     error: str = ""
+    counters: dict[str, int] = field(default_factory=dict)
+    process: int = 0
 
     def pin_memory(self) -> Delivery:
         """Called by torch's DataLoader."""
@@ -336,6 +349,7 @@ class Batcher:
 
     assembler: Assembler
     batch: int
+    reader: ShardReader
 
     def __call__(self, samples: Iterable[Sample]) -> Iterator[Delivery]:
         waiting: list[Sample] = []
@@ -355,7 +369,9 @@ class Batcher:
         if "__skip__" in samples[-1]:
             return Delivery(None, positions, faults)
         batch = self.assembler.collate([sample["item"] for sample in samples])
-        return Delivery(batch, positions, faults)
+        return Delivery(
+            batch, positions, faults, counters=self.reader.counters(), process=os.getpid()
+        )
 
 
 def build_pipeline(
@@ -367,5 +383,5 @@ def build_pipeline(
         source,
         *(map_stage(stage) for stage in stages),
         Repair(source, stages, policy),
-        Batcher(assembler, source.batch),
+        Batcher(assembler, source.batch, source.reader),
     )

@@ -67,7 +67,7 @@ def open_source(location: str, timeout_s: float, allow_pipe: bool = False) -> So
         if not allow_pipe:
             raise ValueError(
                 f"{printable(location)}: commands as data folders run programs; "
-                "to allow it, set data.allow_pipe=true"
+                "to allow it, set data.remote.allow_pipe=true"
             )
         return PipeSource(location, timeout_s)
     raise ValueError(

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from data_pipeline.batches import Batch
 from data_pipeline.faults import FAULT_KINDS
+from data_pipeline.remote import COUNTERS
 from train.checkpoint import state as run_state
 from train.config import RunConfig, UserError
 from train.runtime.engine import gathered
@@ -279,23 +280,33 @@ def make_record(
         "samples_per_s": window.samples * run.dist.world_size / seconds,
         "data_wait": means[-1],
         "grad_norm": window.grad_norm,
-        "faults": {"nonfinite": guard.total, **_faults(run)},
+        **_data_counters(run),
     }
+    record["faults"]["nonfinite"] = guard.total
     if run.gates is not None:
         record["sparsity"] = run.gates.metrics()
     return record
 
 
-def _faults(run: Run) -> dict[str, int]:
-    """Skipped samples of all ranks by kind, since this process began. Collective."""
-    own = dict.fromkeys(FAULT_KINDS, 0)
+def _data_counters(run: Run) -> dict[str, dict[str, int]]:
+    """Skipped samples by kind, and what was fetched over networks, of all ranks since this process
+    began. Collective.
+    """
+    faults, transfers = dict.fromkeys(FAULT_KINDS, 0), dict.fromkeys(COUNTERS, 0)
     for loader in (run.loader, run.region_loader):
-        for kind, count in getattr(loader, "faults", {}).items():
-            own[kind] += count
-    counts = torch.tensor(list(own.values()), dtype=torch.float64, device=run.engine.device)
+        for table, counted in ((faults, "faults"), (transfers, "transfers")):
+            for name, count in getattr(loader, counted, {}).items():
+                table[name] += count
+    values = torch.tensor(
+        [*faults.values(), *transfers.values()], dtype=torch.float64, device=run.engine.device
+    )
     if run.dist.world_size > 1:
-        dist.all_reduce(counts)
-    return {kind: int(n) for kind, n in zip(own, counts.tolist(), strict=True)}
+        dist.all_reduce(values)
+    totals = [int(value) for value in values.tolist()]
+    record = {"faults": dict(zip(faults, totals, strict=False))}
+    if any(totals[len(faults) :]):
+        record["transfers"] = dict(zip(transfers, totals[len(faults) :], strict=True))
+    return record
 
 
 def _finish(run: Run, progress: Progress) -> None:

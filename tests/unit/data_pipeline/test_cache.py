@@ -208,7 +208,7 @@ def test_a_download_in_progress_counts_in_full(make) -> None:
 
 def test_a_full_disk_is_named(make) -> None:
     cache = make()
-    with pytest.raises(OSError, match="data.cache_gb") as caught:
+    with pytest.raises(OSError, match="data.remote.cache_gb") as caught:
         cache.fill(entry(1), Stream(content(1), 5000, OSError(errno.ENOSPC, "No space")))
     assert caught.value.errno == errno.ENOSPC and names(cache) == set()
 

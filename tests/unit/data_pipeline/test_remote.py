@@ -288,7 +288,7 @@ def test_a_command_is_asked_for_and_runs_without_a_shell(tmp_path: Path, time: T
     odd = "a; touch hurt; .tar"
     (tmp_path / odd).write_bytes(DATA)
     location = f"pipe:cat {shlex.quote(str(tmp_path))}/{{name}}"
-    with pytest.raises(ValueError, match="data.allow_pipe=true"):
+    with pytest.raises(ValueError, match="data.remote.allow_pipe=true"):
         fetcher(location, time)
     fetch = fetcher(location, time, allow_pipe=True)
     assert fetch.read(odd) == DATA
@@ -438,9 +438,9 @@ def test_obstore_is_refused_in_a_forked_child_instead_of_hanging(server: Loopbac
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(ValueError, match="data.cache_gb must be positive"):
+    with pytest.raises(ValueError, match="data.remote.cache_gb must be positive"):
         RemoteOptions(cache_gb=0)
-    with pytest.raises(ValueError, match="data.retries"):
+    with pytest.raises(ValueError, match="data.remote.retries"):
         RemoteOptions(retries=-1)
     with pytest.raises(ValueError, match="unknown scheme 'ftp'"):
         open_source("ftp://host/x", 1.0)

@@ -243,7 +243,7 @@ def test_prefetch_keeps_the_order_and_the_limit(
 def test_a_cache_for_less_than_a_shard_is_refused(server: Loopback, cached: RemoteOptions) -> None:
     manifest = open_manifest(f"{server.url}/set", cached)
     tiny = replace(cached, cache_gb=1e-6)
-    with pytest.raises(ValueError, match=r"data.cache_gb=1e-06 is too small .*\.tar"):
+    with pytest.raises(ValueError, match=r"data.remote.cache_gb=1e-06 is too small .*\.tar"):
         storage_for(manifest, tiny)
     file = cached.cache_dir
     assert file is not None
@@ -416,7 +416,7 @@ def test_a_command_as_a_folder(folder: Path, cached: RemoteOptions, opened) -> N
     for shard in (1, 0, 1):
         assert sample(storage, manifest, shard, 3) == sample(LocalStorage(), local, shard, 3)
     assert storage.counters()["downloads"] == 2 and in_cache(cached) == 2
-    with pytest.raises(ValueError, match="set data.cache_dir"):
+    with pytest.raises(ValueError, match="set data.remote.cache"):
         storage_for(manifest, replace(options, cache_dir=None), location)
 
 
