@@ -1,4 +1,4 @@
-"""The verbs of `espalier data`: blocksworld, build, index, verify, inspect."""
+"""The verbs of `espalier data`: blocksworld, build, index, plan, verify, inspect."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.importers.commands import add_build_parsers, run_build
+from data_pipeline.simulate import add_plan_parser, run_plan
 
 __all__ = ["add_parsers", "run"]
 
@@ -110,6 +111,7 @@ def add_parsers(subparsers: Any) -> None:
     _blocksworld_parser(verbs)
     add_build_parsers(verbs)
     _index_parser(verbs)
+    add_plan_parser(verbs)
     verify = verbs.add_parser(
         "verify",
         help="check every sample; exit 1 and a list when something is wrong",
@@ -231,6 +233,7 @@ _RUN = {
     "blocksworld": _run_blocksworld,
     "build": run_build,
     "index": _run_index,
+    "plan": run_plan,
     "verify": _run_verify,
     "inspect": _run_inspect,
 }

@@ -308,3 +308,29 @@ def test_a_shard_that_vanishes_is_one_clear_error_from_workers_too(write_shards,
     with pytest.raises(ValueError, match="espalier data index") as caught:
         take(loader, 3)
     assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_web_server_that_breaks_delivers_the_same_batches(
+    write_shards, tokenizer, tmp_path, monkeypatch, cached, workers
+):
+    """Resets, 503, 429 and short bodies in the middle of training: nothing changes but a count."""
+    from data_pipeline.remote import RemoteOptions
+    from tests.loopback import Cut, Loopback, Status
+
+    folder = write_shards("pretrain", 30)
+    whole = [rows_of(batch) for batch in take(make("pretrain", folder, tokenizer), 9)]
+    monkeypatch.setattr("data_pipeline.remote._FIRST_WAIT_S", 0.0)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with Loopback(files) as server:
+        for name in files:
+            if name.endswith(".tar"):
+                server.script(name, Status(503), Cut(700, reset=True), Status(429), Cut(0))
+        remote = RemoteOptions(cache_dir=tmp_path / "cache" if cached else None, cache_gb=0.1)
+        loader = make("pretrain", server.url, tokenizer, remote=remote, workers=workers)
+        assert [rows_of(batch) for batch in take(loader, 9)] == whole
+        assert loader.transfers["requests"] > 0 and loader.transfers["retries"] > 0
+        assert loader.faults == {}
+        local = make("pretrain", folder, tokenizer)
+        local.load_state_dict(loader.state_dict())
