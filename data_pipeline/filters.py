@@ -186,7 +186,7 @@ def _first_with(values: np.ndarray, known: np.ndarray) -> np.ndarray:
         return np.full(len(values), -1)
     rows = places[first] // 2
     at = np.minimum(np.searchsorted(unique, values), len(unique) - 1)
-    found = np.where((unique[at] == values) & (values != 0), rows[at], len(known)).min(axis=1)
+    found = np.where(unique[at] == values, rows[at], len(known)).min(axis=1)
     return np.where(found == len(known), -1, found)
 
 

@@ -174,11 +174,13 @@ def test_pairs_of_pictures(tmp_path, photos):
             ("half", pair("e", "x"), photos[5], photos[7]),
             ("repeat", pair("f", "y"), photos[5], photos[6]),
             ("look", pair("g", "x"), photos[5], encode(photos[6], quality=80)),
+            ("white", pair("h", "z"), photos[8], Image.new("RGB", (90, 90), "white")),
+            ("grey", pair("i", "z"), photos[8], Image.new("RGB", (90, 90), "grey")),
         ],
         "nlvr2",
     )
     apply(data, FilterRules(leaks=(test,), duplicates=True), processes=1)
-    assert kept(data) == ["fine", "turned", "half"]
+    assert kept(data) == ["fine", "turned", "half", "white", "grey"]
     rules = {key: rule for key, (rule, _) in dropped(data).items()}
     assert rules == {
         "right": "leak_picture",
