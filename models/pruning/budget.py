@@ -88,7 +88,10 @@ def meet_budget(bank: GateBank, sparsity: float, start: Tensor | None = None) ->
             passed.append((gate, cost))
     # Only dearer units are left: one more flip when that lands closer than stopping short.
     best = min(passed, key=lambda item: abs(item[1] - missing), default=None)
-    if best is not None and abs(best[1] - missing) < missing:
+    nearer = best is not None and abs(best[1] - missing) < missing
+    if best is not None and nearer:
         flipped.append(best[0])
     z[flipped] = 0.0 if closing else 1.0
-    return z.to(bank.log_alpha)
+    # That flip went past the target: cheap gates make up for it the other way. The gap shrinks with
+    # every call, so this ends.
+    return meet_budget(bank, sparsity, z) if nearer else z.to(bank.log_alpha)
