@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import TextConfig
-from models.layers import Attention, BertLayer, LayerCache, Recorder
+from models.layers import Attention, BertLayer, LayerCache, Recorder, run_block
 from models.outputs import Capture, EncoderOutput
 
 __all__ = [
@@ -158,7 +158,8 @@ def run_layers(
             if owner is not None and not cross.owner and cross.heads:
                 memory = owner.keys_values(context)
             owner, turn = cross, turn + 1
-        x, own_trace, cross_trace = layer(
+        x, own_trace, cross_trace = run_block(
+            layer,
             x,
             mask,
             context,

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from timm.layers.layer_scale import LayerScale
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.gates import GateSlot
 from models.outputs import AttentionTrace, Capture, EncoderOutput
@@ -31,6 +33,7 @@ __all__ = [
     "ViTBlock",
     "activation_function",
     "quick_gelu",
+    "run_block",
 ]
 
 
@@ -336,6 +339,7 @@ class ViTBlock(nn.Module):
         qkv_bias: bool = True,
     ) -> None:
         super().__init__()
+        self.recompute = False
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attention = Attention(width, heads, head_dim, qkv_bias=qkv_bias)
         self.norm2 = nn.LayerNorm(width, eps=eps)
@@ -381,6 +385,7 @@ class BertLayer(nn.Module):
         attention_dropout: float,
     ) -> None:
         super().__init__()
+        self.recompute = False
         self.attention = Attention(width, heads, head_dim, dropout=attention_dropout)
         self.attention_norm = nn.LayerNorm(width, eps=eps)
         self.has_cross = cross_heads is not None
@@ -437,6 +442,21 @@ class BertLayer(nn.Module):
             )
             x = self.cross_norm(x + self.dropout(mixed))
         return self.ffn_norm(x + self.dropout(self.ffn(x))), record, cross_record
+
+
+def run_block(block: ViTBlock | BertLayer, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """block(x, ...), whose activations are computed again in the backward where `block.recompute`.
+
+    The block is called as a module both times, so an engine's hooks gather its parameters again.
+    Dropout draws the same numbers, autocast is as it was, and gates must still hold the values of
+    the forward (a `GateBank` writes them once a step). Traces that come out are ordinary tensors,
+    kept and not computed again. Calls with a cache are left alone: a second run would extend it.
+
+    Source: Chen et al., 1604.06174.
+    """
+    if not (block.recompute and torch.is_grad_enabled()) or kwargs.get("cache") is not None:
+        return block(x, *args, **kwargs)
+    return checkpoint(block, x, *args, use_reentrant=False, **kwargs)
 
 
 class Recorder:

@@ -21,7 +21,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from models.config import VisionConfig
-from models.layers import Attention, FeedForward, Recorder, ViTBlock
+from models.layers import Attention, FeedForward, Recorder, ViTBlock, run_block
 from models.outputs import Capture, EncoderOutput
 
 __all__ = [
@@ -194,7 +194,8 @@ class VisionEncoder(nn.Module):
         for index, block in enumerate(self.blocks):
             if region_mask is not None and index == start:
                 x, mask, rows = self._gather_regions(x, region_mask, image_index)
-            x, record = block(x, mask, trace=index in recorder.capture.attention)
+            assert isinstance(block, ViTBlock)
+            x, record = run_block(block, x, mask, trace=index in recorder.capture.attention)
             recorder.traces(index, record)
             recorder.state(index + 1, x)
         if region_mask is not None and mask is None:  # region_layers is 0: rows see whole images

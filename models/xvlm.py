@@ -245,6 +245,16 @@ class XVLM(nn.Module):
 
     # --- what training and pruning ask ------------------------------------------------------------
 
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Every block keeps its input only and computes the rest again in the backward, or not.
+
+        Trades about a third more compute for the memory of the activations; no value changes.
+        See `layers.run_block`.
+        """
+        for block in self.modules():
+            if isinstance(block, ViTBlock | BertLayer):
+                block.recompute = enabled
+
     def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
         """(module, parameter) pairs where a module's forward reads a parameter it does not own.
 
