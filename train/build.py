@@ -10,19 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data_pipeline.loader import Loader, build_loader
 from data_pipeline.remote import RemoteOptions
 from data_pipeline.text import load_tokenizer
-from models import from_pretrained, presets
 from models.config import ModelConfig
 from models.gates import GateBank
-from models.initialise import (
-    add_task_vector,
-    student_from_teacher,
-    task_form_from_pretrained,
-)
 from models.xvlm import XVLM
 from train.checkpoint.manager import CheckpointManager
 from train.config import RemoteConfig, RunConfig, SourceConfig
@@ -35,6 +27,7 @@ from train.runtime.engine import build_engine, parameter_groups
 from train.runtime.gate_optimizer import GateOptimizer
 from train.runtime.step import EngineModule
 from train.runtime.teacher import Teacher
+from train.student import FirstWeights, build_student
 from train.tasks.base import Task
 from train.tasks.pretrain import PretrainTask
 from train.tasks.vqa import VqaTask
@@ -43,10 +36,8 @@ __all__ = [
     "Run",
     "answers_file",
     "build",
-    "build_student",
     "build_task",
     "load_answers",
-    "model_config",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -61,6 +52,7 @@ class Run:
     dist: Distributed
     task: Task
     student: XVLM
+    first: FirstWeights
     teacher: Teacher | None
     engine: Any  # deepspeed.DeepSpeedEngine
     loader: Loader
@@ -90,79 +82,6 @@ def tokenizer_folder(config: RunConfig) -> Path:
             "tokenizer)"
         )
     return folder
-
-
-def is_model_folder(model: str | dict[str, Any]) -> bool:
-    return isinstance(model, str) and (Path(model) / "config.json").is_file()
-
-
-def model_config(config: RunConfig, vocab_size: int | None) -> ModelConfig:
-    """The student's configuration: a preset, a folder's config.json, or inline values."""
-    form = config.task
-    if is_model_folder(config.model):
-        return ModelConfig.load(Path(str(config.model)) / "config.json").as_form(form)
-    if isinstance(config.model, dict):
-        return ModelConfig.from_dict(config.model, where="model")
-    overrides: dict[str, Any] = {}
-    if vocab_size is not None and config.model.startswith("blocksworld"):
-        overrides["text"] = {"vocab_size": vocab_size}
-    return presets.config(config.model, form=form, **overrides)
-
-
-def build_student(config: RunConfig, vocab_size: int, teacher: XVLM | None) -> XVLM:
-    """The model to train, with its first weights.
-
-    Raises:
-        ValueError: `initialise.source` is "teacher" and there is none, or shapes do not fit.
-    """
-    wanted = model_config(config, vocab_size)
-    init = config.initialise
-    if is_model_folder(config.model):
-        student = from_pretrained(Path(str(config.model)))
-        if init.task_vector is not None:
-            return _with_task_vector(student, config, teacher)
-        if student.config.form != wanted.form:
-            student = task_form_from_pretrained(student, form=wanted.form)
-        return student
-    if init.source == "random":
-        torch.manual_seed(config.seed)
-        return XVLM(wanted)
-    if init.source == "teacher":
-        if teacher is None:
-            raise ValueError("initialise.source=teacher needs teacher.path")
-        # From the file: the teacher that runs may be in half precision.
-        student, report = student_from_teacher(
-            from_pretrained(Path(str(config.teacher.path))),
-            wanted,
-            vision_map=init.vision_map,
-            text_map=init.text_map,
-            fusion_map=init.fusion_map,
-            decoder_map=init.decoder_map,
-        )
-        _LOG.info("student cut from the teacher: %s", report)
-        return student
-    source = from_pretrained(Path(init.source))
-    if source.config.form != wanted.form:
-        source = task_form_from_pretrained(source, form=wanted.form)
-    if source.config != wanted:
-        _LOG.warning("initialise.source %s decides the model's shape, not `model`", init.source)
-    return source
-
-
-def _with_task_vector(student: XVLM, config: RunConfig, teacher: XVLM | None) -> XVLM:
-    init = config.initialise
-    if teacher is None or init.task_vector is None:
-        raise ValueError("initialise.task_vector needs teacher.path, the fine-tuned teacher")
-    # From the files, as above.
-    return add_task_vector(
-        student,
-        from_pretrained(Path(init.task_vector)),
-        from_pretrained(Path(str(config.teacher.path))),
-        vision_map=init.vision_map,
-        text_map=init.text_map,
-        fusion_map=init.fusion_map,
-        decoder_map=init.decoder_map,
-    )
 
 
 def answers_file(config: RunConfig) -> Path:
@@ -266,7 +185,8 @@ def build(config: RunConfig, dist: Distributed) -> Run:
     if config.stage == "distill" and teacher is None:
         raise ValueError("teacher.path: distill needs a teacher model folder")
     teacher_model = None if teacher is None else teacher.model
-    student = build_student(config, len(tokenizer), teacher_model).float().to(dist.device)
+    first = build_student(config, len(tokenizer), teacher_model)
+    student = first.model.float().to(dist.device)
     check_tokenizer(student.config, len(tokenizer))
     answers = load_answers(config, tokenizer) if config.task == "vqa" else None
     if answers is not None:
@@ -274,7 +194,9 @@ def build(config: RunConfig, dist: Distributed) -> Run:
     task = build_task(config, student, teacher_model, answers)
     gates = _gates(config, student, dist)
     engine = build_engine(
-        config, EngineModule(student, task, teacher), parameter_groups(student, set(), config.optim)
+        config,
+        EngineModule(student, task, teacher),
+        parameter_groups(student, set(first.fresh), config.optim),
     )
 
     def loader(kind: str, source: str | Sequence[SourceConfig], train: bool) -> Loader:
@@ -301,6 +223,7 @@ def build(config: RunConfig, dist: Distributed) -> Run:
         dist=dist,
         task=task,
         student=student,
+        first=first,
         teacher=teacher,
         engine=engine,
         loader=loader(kind, config.data.train, True),

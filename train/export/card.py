@@ -26,6 +26,7 @@ class Facts:
         metrics: name -> value, as evaluated.
         dense_prunable: prunable parameters before pruning, for the sparsity.
         command: how to make the model again.
+        origin: where the first weights came from (train.student.FirstWeights.save).
     """
 
     recipe: str = ""
@@ -33,6 +34,7 @@ class Facts:
     metrics: Mapping[str, float] = field(default_factory=dict)
     dense_prunable: int | None = None
     command: str = ""
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_run(
@@ -46,16 +48,35 @@ class Facts:
         values = yaml.safe_load(text)
         values = values if isinstance(values, dict) else {}
         data = {}
-        for split in ("train", "val"):
-            folder = (values.get("data") or {}).get(split)
-            manifest = Path(str(folder)) / "manifest.json"
-            if folder and manifest.is_file():
+        for split, folder in _sources(values.get("data") or {}):
+            manifest = Path(folder) / "manifest.json"
+            if manifest.is_file():
                 found = json.loads(manifest.read_text(encoding="utf-8"))
                 data[split] = {
                     key: found[key] for key in ("task", "samples", "hash") if key in found
                 }
+        origin_file = run_file.with_name("origin.json")
+        origin = (
+            json.loads(origin_file.read_text(encoding="utf-8")) if origin_file.is_file() else {}
+        )
         stage = values.get("stage", "")
-        return cls(text, data, metrics or {}, dense, f"espalier {stage} run.yaml" if stage else "")
+        command = f"espalier {stage} run.yaml" if stage else ""
+        return cls(text, data, metrics or {}, dense, command, origin)
+
+
+def _sources(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(split, folder) of every data set that a run file names, those of a mixture one by one."""
+    found = []
+    for split in ("train", "val"):
+        value = data.get(split)
+        if isinstance(value, str):
+            found.append((split, value))
+        elif isinstance(value, list):
+            parts = [
+                str(part["path"]) for part in value if isinstance(part, dict) and "path" in part
+            ]
+            found += [(f"{split}: {part}", part) for part in parts]
+    return found
 
 
 def _shape(model: XVLM) -> list[str]:
@@ -78,6 +99,20 @@ def _shape(model: XVLM) -> list[str]:
 
 def _widths(values: tuple[int, ...]) -> str:
     return str(values[0]) if len(set(values)) == 1 else " ".join(map(str, values))
+
+
+def _origin(origin: Mapping[str, Any]) -> list[str]:
+    lines = [f"From {origin.get('source', 'unknown')}."]
+    maps = origin.get("layer_maps") or {}
+    if maps:
+        lines += ["", "| stack | source layer of each layer |", "|---|---|"]
+        lines += [f"| {stack} | {' '.join(map(str, layers))} |" for stack, layers in maps.items()]
+    for what in ("fresh", "resized", "unused"):
+        if keys := origin.get(what):
+            lines += ["", f"{len(keys)} {what}: {', '.join(f'`{key}`' for key in keys[:8])}"]
+            if len(keys) > 8:
+                lines[-1] += f" and {len(keys) - 8} more"
+    return lines
 
 
 def card(model: XVLM, facts: Facts, dtype: str, size: int) -> str:
@@ -120,6 +155,8 @@ def card(model: XVLM, facts: Facts, dtype: str, size: int) -> str:
             "`blind` is the accuracy of a language-only baseline on the same questions.",
             "",
         ]
+    if facts.origin:
+        lines += ["## First weights", "", *_origin(facts.origin), ""]
     if facts.data:
         lines += ["## Data", "", "| split | task | samples | manifest hash |", "|---|---|---|---|"]
         lines += [

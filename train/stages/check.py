@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from pathlib import Path
 
 from train.config import KdConfig, RegionConfig, RunConfig
 
@@ -53,7 +54,9 @@ def check_stage(config: RunConfig) -> None:
         raise ValueError("initialise.task_vector: needs teacher.path, the fine-tuned teacher")
     if config.teacher.path is None and config.kd != KdConfig():
         _LOG.warning("kd: has no effect without teacher.path")
-    if config.optim.new_lr_multiplier != 1.0:
+    from_folder = isinstance(config.model, str) and (Path(config.model) / "config.json").is_file()
+    all_new = config.initialise.source == "random" and not from_folder
+    if config.optim.new_lr_multiplier != 1.0 and all_new:
         _LOG.warning(
             "optim.new_lr_multiplier: has no effect, no module is fresh beside loaded ones"
         )

@@ -10,9 +10,9 @@ from torch import nn
 from models import presets
 from models.config import ModelConfig
 from models.xvlm import XVLM
-from train.build import is_model_folder, model_config
 from train.config import RunConfig, per_rank
 from train.runtime.engine import engine_settings, zero_stage
+from train.student import is_model_folder, model_config
 
 __all__ = ["describe", "memory_estimate"]
 

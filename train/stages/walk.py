@@ -15,6 +15,7 @@ from train.provenance import provenance
 from train.recipes_io import dump_run_yaml
 from train.runtime.distributed import finish, start
 from train.runtime.loop import save_model, train
+from train.student import ORIGIN
 
 __all__ = ["slim_model", "walk"]
 
@@ -41,6 +42,8 @@ def walk(config: RunConfig, resume: str, rebase: bool = False) -> int:
             directory.mkdir(parents=True, exist_ok=True)
             dump_run_yaml(config, directory / "run.yaml", provenance(dist.world_size))
         run = build(config, dist)
+        if dist.rank == 0:
+            run.first.save(directory / ORIGIN)
         code = train(run, resume, rebase)
         if code == 0 and run.gates is not None:
             save_model(run)

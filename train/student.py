@@ -1,0 +1,177 @@
+"""First weights of the model to train, and where each of them came from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models import from_pretrained, presets
+from models.checkpoints.build import fresh_keys
+from models.config import ModelConfig
+from models.initialise import (
+    InitialiseReport,
+    add_task_vector,
+    student_from_teacher,
+    task_form,
+)
+from models.xvlm import XVLM
+from train.config import RunConfig
+
+__all__ = ["ORIGIN", "FirstWeights", "build_student", "is_model_folder", "model_config"]
+
+_LOG = logging.getLogger(__name__)
+ORIGIN = "origin.json"
+
+
+@dataclass(frozen=True)
+class FirstWeights:
+    """A model before its first step.
+
+    Attributes:
+        fresh: parameters that came from nowhere while others were loaded: they get
+            optim.new_lr_multiplier.   source: what the others came from.   maps: source layer of
+            each layer, by stack.   unused: keys of the source that nothing was taken from.
+        resized: keys that were resampled.
+    """
+
+    model: XVLM
+    source: str
+    fresh: frozenset[str] = frozenset()
+    maps: dict[str, list[int]] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    resized: tuple[str, ...] = ()
+
+    @classmethod
+    def reported(cls, model: XVLM, source: str, report: InitialiseReport) -> FirstWeights:
+        """With what an `InitialiseReport` says. Only parameters are fresh, buffers are not."""
+        trainable = {name for name, _ in model.named_parameters()}
+        return cls(
+            model,
+            source,
+            frozenset(report.fresh & trainable),
+            _layer_maps(report.mapped),
+            tuple(report.unused),
+            tuple(report.resized),
+        )
+
+    def save(self, path: Path) -> None:
+        """Writes what is known of the weights' origin as JSON, for the model card."""
+        content = {
+            "source": self.source,
+            "layer_maps": self.maps,
+            "fresh": sorted(self.fresh),
+            "unused": list(self.unused),
+            "resized": list(self.resized),
+        }
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _layer_maps(mapped: dict[str, str]) -> dict[str, list[int]]:
+    """Stack -> source layer of each layer, read off the keys."""
+    maps: dict[str, dict[int, int]] = {}
+    for key, origin in mapped.items():
+        ours, theirs = key.split("."), origin.split(".")
+        if len(ours) > 3 and ours[1] in ("blocks", "layers") and ours[2].isdigit():
+            maps.setdefault(".".join(ours[:2]), {})[int(ours[2])] = int(theirs[2])
+    return {stack: [layers[n] for n in sorted(layers)] for stack, layers in maps.items()}
+
+
+def is_model_folder(model: str | dict[str, Any]) -> bool:
+    return isinstance(model, str) and (Path(model) / "config.json").is_file()
+
+
+def model_config(config: RunConfig, vocab_size: int | None) -> ModelConfig:
+    """The student's configuration: a preset, a folder's config.json, or inline values."""
+    form = config.task
+    if is_model_folder(config.model):
+        return ModelConfig.load(Path(str(config.model)) / "config.json").as_form(form)
+    if isinstance(config.model, dict):
+        return ModelConfig.from_dict(config.model, where="model")
+    overrides: dict[str, Any] = {}
+    if vocab_size is not None and config.model.startswith("blocksworld"):
+        overrides["text"] = {"vocab_size": vocab_size}
+    return presets.config(config.model, form=form, **overrides)
+
+
+def build_student(config: RunConfig, vocab_size: int, teacher: XVLM | None) -> FirstWeights:
+    """The model to train, with its first weights.
+
+    Raises:
+        ValueError: `initialise.source` is "teacher" and there is none, or shapes do not fit.
+    """
+    wanted = model_config(config, vocab_size)
+    init = config.initialise
+    if is_model_folder(config.model):
+        if init.task_vector is not None:
+            return _with_task_vector(config, teacher)
+        return _from_folder(str(config.model), wanted)
+    if init.source == "random":
+        torch.manual_seed(config.seed)
+        return FirstWeights(XVLM(wanted), f"random, seed {config.seed}")
+    if init.source == "teacher":
+        if teacher is None:
+            raise ValueError("initialise.source=teacher needs teacher.path")
+        # From the file: the teacher that runs may be in half precision.
+        student, report = student_from_teacher(
+            from_pretrained(Path(str(config.teacher.path))),
+            wanted,
+            vision_map=init.vision_map,
+            text_map=init.text_map,
+            fusion_map=init.fusion_map,
+            decoder_map=init.decoder_map,
+        )
+        return _told(FirstWeights.reported(student, str(config.teacher.path), report))
+    first = _from_folder(init.source, wanted)
+    if first.model.config != wanted:
+        _LOG.warning("initialise.source %s decides the model's shape, not `model`", init.source)
+    return first
+
+
+def _told(first: FirstWeights) -> FirstWeights:
+    _LOG.info("first weights from %s, layers %s", first.source, first.maps)
+    for what, keys in (("fresh", sorted(first.fresh)), ("unused", first.unused)):
+        if keys:
+            _LOG.info("%d %s: %s", len(keys), what, ", ".join(keys))
+    return first
+
+
+def _from_folder(folder: str, wanted: ModelConfig) -> FirstWeights:
+    """A saved model, turned into the wanted form or image size where it has another."""
+    source = from_pretrained(Path(folder))
+    fresh = fresh_keys(Path(folder))
+    size = wanted.vision.image_size
+    same_form = source.config.form == wanted.form
+    if same_form and source.config.vision.image_size == size:
+        trainable = {name for name, _ in source.named_parameters()}
+        return _told(FirstWeights(source, folder, frozenset(fresh & trainable)))
+    shape = source.config.as_form(wanted.form, image_size=size)
+    model, report = task_form(source, wanted.form, config=shape)
+    first = FirstWeights.reported(model, folder, report)
+    inherited = {key for key, origin in report.mapped.items() if origin in fresh}
+    return _told(
+        FirstWeights(
+            model, folder, first.fresh | inherited, first.maps, first.unused, first.resized
+        )
+    )
+
+
+def _with_task_vector(config: RunConfig, teacher: XVLM | None) -> FirstWeights:
+    init = config.initialise
+    if teacher is None or init.task_vector is None:
+        raise ValueError("initialise.task_vector needs teacher.path, the fine-tuned teacher")
+    # From the files, as above.
+    model = add_task_vector(
+        from_pretrained(Path(str(config.model))),
+        from_pretrained(Path(init.task_vector)),
+        from_pretrained(Path(str(config.teacher.path))),
+        vision_map=init.vision_map,
+        text_map=init.text_map,
+        fusion_map=init.fusion_map,
+        decoder_map=init.decoder_map,
+    )
+    return FirstWeights(model, f"{config.model} + task vector of {config.teacher.path}")
