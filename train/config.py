@@ -33,6 +33,7 @@ __all__ = [
 
 Stage = Literal["pretrain", "distill", "finetune", "prune"]
 TaskName = Literal["pretrain", "vqa"]
+Compile = Literal["none", "default", "reduce-overhead", "max-autotune"]
 _STRICT = ConfigDict(extra="forbid")
 
 
@@ -168,19 +169,36 @@ class TeacherConfig:
 
     Attributes:
         path: model folder.   model: preset name, used by --dry-run while `path` does not exist yet.
-        dtype: "auto" is fp16 where the device is fast at it, else bf16, else fp32.
+        dtype: "auto" is fp16 where the device is fast at it, else bf16, else fp32; also the next
+            one when a trial batch overflows.
+        backend: "auto" is DeepSpeed's inference engine on a GPU, torch elsewhere.
+        compile: torch.compile mode of the encoders ("reduce-overhead" captures CUDA graphs).
+        overlap: run beside the student's forward on a second CUDA stream.
+        inject: DeepSpeed's fused kernels in the text layers; needs a GPU and kd.attention=none.
+            Refused where they differ from the model by more than `inject_bound` (relative).
     """
 
     path: str | None = None
     model: str | None = None
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     backend: Literal["auto", "deepspeed", "torch"] = "auto"
+    compile: Compile = "none"
+    overlap: bool = False
+    inject: bool = False
+    inject_bound: float = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class OptimConfig:
-    """AdamW and its schedule. `new_lr_multiplier` applies to freshly initialised modules
-    (published: 2).
+    """AdamW and its schedule.
+
+    Attributes:
+        new_lr_multiplier: for freshly initialised modules (published: 2).
+        published_decay: weight decay also on the norms inside the heads and on the temperature,
+            which the published rule for names misses.
+        spike_factor: skip steps whose total loss is above this factor times the median of the last
+            `spike_window` steps of their kind (general, region); 0 is off.
+        skip_limit: steps skipped in a row (not finite or spikes) that end the run.
     """
 
     lr: float = 1e-4
@@ -192,6 +210,10 @@ class OptimConfig:
     steps: int = 1000
     warmup_steps: int = 0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    published_decay: bool = False
+    spike_factor: float = 0.0
+    spike_window: int = 100
+    skip_limit: int = 20
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -204,6 +226,13 @@ class KdConfig:
     Attributes:
         vision_map, text_map, fusion_map, decoder_map: teacher layer that teaches each student layer;
             None spreads them evenly (1, 3, 5, ... for half the depth).
+        temperature: divides the logits, and the similarities, of both models.
+        contrastive: weight of the KL between the rows of image-text similarities over the global
+            batch (pre-training; published: 0).
+        attention: distance of attention maps. "probabilities": mean squared error of the maps,
+            "kl": KL divergence, "scores": mean squared error before the softmax (not for
+            decoders), "none".
+        cross_attention: the maps of cross-attention are distilled, too.
     """
 
     task_weight: float = 0.6
@@ -215,8 +244,9 @@ class KdConfig:
     image_hidden: float = 0.1
     fusion: float = 1.0
     decoder: float = 1.0
+    contrastive: float = 0.0
     cross_attention: bool = False
-    attention: Literal["probabilities", "kl", "none"] = "probabilities"
+    attention: Literal["probabilities", "kl", "scores", "none"] = "probabilities"
     vision_map: tuple[int, ...] | None = None
     text_map: tuple[int, ...] | None = None
     fusion_map: tuple[int, ...] | None = None
@@ -250,14 +280,29 @@ class PruneConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class EngineConfig:
-    """DeepSpeed. `config` is a name in ds_configs/ or a path.
+    """DeepSpeed.
 
-    precision: "fp32", "bf16" (autocast, fp32 parameters), "fp16" (engine mode, dynamic loss scale).
+    Attributes:
+        config: a name in ds_configs/ or a path.
+        precision: "fp32", "bf16" (autocast, fp32 parameters), "fp16" (engine mode, dynamic loss
+            scale).
+        max_loss_scale: where the fp16 loss scale starts and what it never exceeds (published:
+            1024); 0 starts at 65536 without a limit.
+        accumulate: micro-batches of an optimizer step.
+        offload: "optimizer" keeps optimizer states in host memory (ZeRO 1 to 3), "parameters" the
+            partitioned parameters too (ZeRO-3); "none" leaves it to `config`.
+        activation_checkpointing: the student's blocks compute their activations again in the
+            backward instead of keeping them.
+        compile: torch.compile mode of the student's encoders.
     """
 
     config: str = "zero1"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    max_loss_scale: float = 0.0
     accumulate: int = 1
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    activation_checkpointing: bool = False
+    compile: Compile = "none"
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -296,6 +341,8 @@ class RunConfig:
         loss: weight of each task loss by name; a name left out has weight 1.
         negatives: ITM hard negatives come from the global batch, or from this rank's rows as
             published.
+        itc_scaling: "published" divides the gradient of the contrastive features by the number of
+            ranks, as the released code does; "exact" is the gradient of the global loss.
     """
 
     stage: Stage
@@ -309,6 +356,7 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     loss: dict[str, float] = field(default_factory=dict)
     negatives: Literal["global", "local"] = "global"
+    itc_scaling: Literal["exact", "published"] = "exact"
     kd: KdConfig = KdConfig()
     prune: PruneConfig | None = None
     engine: EngineConfig = EngineConfig()
