@@ -2,7 +2,7 @@
 `collate` a batch.
 
 Whatever is random comes from generators keyed by (seed, stream position), so a batch does not
-depend on rank, worker or restart. Images are written straight into one uint8 buffer; strings are
+depend on rank, worker or restart. Images go into the batch's buffer one by one; strings are
 tokenised a batch at a time.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,15 +43,46 @@ class Item:
     questions: tuple[Question, ...] = ()
 
 
-def _images(items: Sequence[Item]) -> torch.Tensor:
-    """(N, 3, H, W) uint8 in channels_last memory, from (H, W, 3) arrays.
+class ImageRows:
+    """The image buffer of the batch that is being drawn, (N, H, W, 3) uint8.
 
-    One allocation, and a plain copy of each picture: a decoder's and a resize's pixels lie this way
-    already. (Resizing straight into the buffer would save that copy, 2 % of the work.)
+    Each picture is copied into its row as soon as it is drawn, while it is in the processor's
+    cache, and its own memory is free for the next one. Copying all of them when the batch is
+    complete costs twice as much, and takes twice the memory.
+
+    N is learnt from the batch before; pictures that do not find a row (those of the first batch)
+    stay where they are, and `collect` copies.
     """
-    buffer = np.empty((len(items), *items[0].image.shape), np.uint8)
-    np.stack([item.image for item in items], out=buffer)
-    return torch.from_numpy(buffer).permute(0, 3, 1, 2)
+
+    def __init__(self) -> None:
+        self._size = 0
+        self._buffer: np.ndarray | None = None
+        self._rows: list[np.ndarray] = []
+
+    def put(self, image: np.ndarray) -> np.ndarray:
+        """The image in the next row, or as it is where there is none."""
+        if self._buffer is None and self._size:
+            self._buffer = np.empty((self._size, *image.shape), np.uint8)
+        buffer, used = self._buffer, len(self._rows)
+        if buffer is None or used == len(buffer) or buffer.shape[1:] != image.shape:
+            return image
+        row = buffer[used]
+        row[...] = image
+        self._rows.append(row)
+        return row
+
+    def collect(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """(N, 3, H, W) uint8 in channels_last memory; the next picture begins a new buffer."""
+        buffer, rows = self._buffer, self._rows
+        self._size, self._buffer, self._rows = len(images), None, []
+        whole = buffer is not None and len(images) == len(buffer) == len(rows)
+        # Only rows of this very buffer, in order: two streams may share an assembler.
+        if not whole or any(a is not b for a, b in zip(images, rows, strict=True)):
+            buffer = np.stack(images)
+        return torch.from_numpy(buffer).permute(0, 3, 1, 2)
+
+    def __reduce__(self) -> tuple:
+        return ImageRows, ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +98,7 @@ class Assembler(ABC):
     augmentation: Augmentation
     seed: int
     train: bool
+    _rows: ImageRows = field(default_factory=ImageRows, init=False, repr=False, compare=False)
 
     def draw(self, sample: dict[str, Any]) -> Item:
         """Augments the image and picks texts.
@@ -80,10 +112,15 @@ class Assembler(ABC):
         """
         # A substitute draws with other numbers than the sample that it replaces.
         rng = sample_random(self.seed, sample["__position__"], _DRAW + 16 * sample["__attempt__"])
-        return self._draw(sample, rng)
+        item = self._draw(sample, rng)
+        return replace(item, image=self._rows.put(item.image))
 
     @abstractmethod
     def _draw(self, sample: dict[str, Any], rng: random.Random) -> Item: ...
+
+    def _images(self, items: Sequence[Item]) -> torch.Tensor:
+        """(N, 3, H, W) uint8 in channels_last memory."""
+        return self._rows.collect([item.image for item in items])
 
     @abstractmethod
     def collate(self, items: Sequence[Item]) -> Batch:
@@ -134,7 +171,7 @@ class PretrainAssembler(Assembler):
         rows = self.text.encode([item.captions[0] for item in items])
         generators = [sample_random(self.seed, item.position, _MASK) for item in items]
         return PretrainBatch(
-            images=_images(items),
+            images=self._images(items),
             image_index=torch.arange(len(items)),
             valid=torch.tensor([item.valid for item in items]),
             keys=tuple(item.key for item in items),
@@ -225,7 +262,7 @@ class RegionAssembler(Assembler):
         boxes = np.asarray([row.box for row in taken], np.float32)
         mask = patch_mask(boxes, self.augmentation.size, self.patch_size)
         return PretrainBatch(
-            images=_images(items),
+            images=self._images(items),
             image_index=torch.tensor(images),
             valid=torch.tensor(valid),
             keys=tuple(items[n].key for n in images),
@@ -294,7 +331,7 @@ class VqaAssembler(Assembler):
         ]
         answer_ids, answer_mask = self.answer_text([answer for _, answer, _ in answers])
         return VqaBatch(
-            images=_images(items),
+            images=self._images(items),
             image_index=torch.tensor([image for image, _ in rows]),
             valid=torch.tensor([items[image].valid for image, _ in rows]),
             keys=tuple(items[image].key for image, _ in rows),

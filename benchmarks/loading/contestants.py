@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from data_pipeline.batches import Batch
-from data_pipeline.collate import Assembler, Item, PretrainAssembler, _images
+from data_pipeline.collate import Assembler, Item, PretrainAssembler
 from data_pipeline.decode import Picture
 from data_pipeline.loader import build_loader
 from data_pipeline.records import parse_record
@@ -100,7 +100,7 @@ class CropAssembler(Assembler):
 
     def collate(self, items) -> Batch:
         return Batch(
-            images=_images(items),
+            images=self._images(items),
             image_index=torch.arange(len(items)),
             valid=torch.tensor([item.valid for item in items]),
             keys=tuple(item.key for item in items),
@@ -111,27 +111,25 @@ def _one_pass(folder: Path, workers: int, change: Callable[[Any], Assembler]) ->
     """One epoch in training's order. A training stream has no end, and its workers would have
     prepared batches beyond the epoch when it is left, which nobody counts."""
     loader = build_loader(
-        "pretrain", folder, tokenizer=_tokenizer(folder), batch=BATCH, train=False,
-        image_size=SIZE, seed=SEED, workers=workers,
+        "pretrain", folder, tokenizer=_tokenizer(folder), batch=BATCH, train=True, seed=SEED,
+        image_size=SIZE, augment="pretrain", workers=workers,
     )  # fmt: skip
-    loader._plan = dataclasses.replace(loader._plan, shuffle=True)
     loader._assembler = change(loader._assembler)
+    if not loader._train:
+        raise RuntimeError("the loader has no training order to be cut to one epoch")
+    loader._train = False
     for batch in loader:
         yield [key for key, valid in zip(batch.keys, batch.valid.tolist(), strict=True) if valid]
 
 
 def ours_same(folder: Path, workers: int) -> Keys:
-    def change(old: PretrainAssembler) -> Assembler:
-        return CropAssembler(old.text, old.augmentation, old.seed, True)
-
-    return _one_pass(folder, workers, change)
+    return _one_pass(
+        folder, workers, lambda old: CropAssembler(old.text, old.augmentation, old.seed, old.train)
+    )
 
 
 def ours_pretrain(folder: Path, workers: int) -> Keys:
-    def change(old: PretrainAssembler) -> Assembler:
-        return dataclasses.replace(old, augmentation=Augmentation("pretrain", SIZE), train=True)
-
-    return _one_pass(folder, workers, change)
+    return _one_pass(folder, workers, lambda old: old)
 
 
 # -- webdataset -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from data_pipeline.batches import PretrainBatch, VqaBatch
+from data_pipeline.collate import ImageRows
 from data_pipeline.decode import decode_image
 from data_pipeline.loader import build_loader
 from data_pipeline.text import IGNORE, clean_text
@@ -142,6 +144,57 @@ def test_vqa_without_answers(write_shards, tokenizer):
 def test_images_are_resized_only_when_needed(write_shards, tokenizer):
     folder = write_shards("vqa", 6)
     assert first("vqa", folder, tokenizer, image_size=16).images.shape == (6, 3, 16, 16)
+
+
+def pictures(count, size=4):
+    return [np.full((size, size, 3), n, np.uint8) for n in range(count)]
+
+
+def collected(rows, images):
+    batch = rows.collect(images)
+    assert batch.shape == (len(images), 3, *images[0].shape[:2])
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    for found, image in zip(batch, images, strict=True):
+        np.testing.assert_array_equal(found.permute(1, 2, 0), image)
+    return batch
+
+
+def test_pictures_are_put_into_the_batch_when_they_are_drawn():
+    rows = ImageRows()
+    first = [rows.put(image) for image in pictures(3)]
+    collected(rows, first)
+    second = [rows.put(image) for image in pictures(3)]
+    batch = collected(rows, second)
+    assert all(np.shares_memory(batch.numpy(), image) for image in second)
+    third = collected(rows, [rows.put(image) for image in pictures(3)])
+    assert not np.shares_memory(batch.numpy(), third.numpy())
+    collected(rows, second)  # the batch that was handed out is unchanged
+
+
+@pytest.mark.parametrize("case", ["order", "fewer", "more", "another size", "two streams", "copy"])
+def test_pictures_out_of_their_rows_are_copied(case):
+    rows = ImageRows()
+    collected(rows, [rows.put(image) for image in pictures(4)])
+    images = pictures(4)
+    if case == "more":
+        images = pictures(6)
+    elif case == "another size":
+        images = pictures(4, size=6)
+    elif case == "fewer":
+        images = pictures(2)
+    elif case == "copy":
+        rows = pickle.loads(pickle.dumps(rows))
+    placed = [rows.put(image) for image in images]
+    if case == "order":
+        placed, images = placed[::-1], images[::-1]
+    elif case == "two streams":
+        others = [rows.put(image) for image in pictures(4)[::-1]]
+        mixed = [placed[0], others[1], placed[2], others[3]]
+        collected(rows, mixed)
+        collected(rows, [rows.put(image) for image in pictures(4)])
+    for place, image in zip(placed, images, strict=True):
+        np.testing.assert_array_equal(place, image)
+    collected(rows, placed)
 
 
 @pytest.mark.parametrize(
