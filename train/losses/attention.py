@@ -5,7 +5,7 @@ Shape legend: B rows, H heads, Nq queries, Nk keys, d head size. The teacher get
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -21,7 +21,6 @@ __all__ = [
     "attention_mse",
     "attention_mse_reference",
     "attention_probabilities",
-    "attention_sum",
     "check_maps",
     "log_normalisers",
     "probabilities_mse",
@@ -275,14 +274,3 @@ def attention_kl(
 ) -> Tensor:
     """Mean over queries (and heads, rows) of KL(P_teacher || P_student); as `attention_mse`."""
     return _distance(student, teacher, "kl", chunk)
-
-
-def attention_sum(
-    student: Mapping[int, AttentionTrace],
-    teacher: Mapping[int, AttentionTrace],
-    pairs: Iterable[tuple[int, int]],
-    kind: Literal["probabilities", "kl"] = "probabilities",
-) -> Tensor:
-    """Sum over layer pairs of `attention_mse` ("probabilities") or `attention_kl` ("kl")."""
-    one = attention_kl if kind == "kl" else attention_mse
-    return torch.stack([one(student[i], teacher[j]) for i, j in pairs]).sum()

@@ -1,4 +1,5 @@
-"""Distillation losses: layer maps, hidden states, logits; attention is in `attention.py`.
+"""Distillation losses: layer maps, hidden states, logits, similarities, and the choice of an
+attention distance (they are in `attention.py` and `attention_algebra.py`).
 
 Pure functions, float32 inside. The teacher gets no gradient.
 Shape legend: B rows, N tokens, D width.
@@ -6,27 +7,31 @@ Shape legend: B rows, N tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.outputs import Capture
+from models.outputs import AttentionTrace, Capture
 from train.losses.attention import (
     attention_kl,
     attention_kl_reference,
     attention_mse,
     attention_mse_reference,
     attention_probabilities,
-    attention_sum,
     probabilities_mse,
     widen,
 )
+from train.losses.attention_algebra import kl_by_attention, scores_mse
+from train.losses.vl import Similarities
 
 __all__ = [
+    "AttentionKind",
     "LayerPairs",
+    "attention_distance",
     "attention_kl",
     "attention_kl_reference",
     "attention_mse",
@@ -35,12 +40,16 @@ __all__ = [
     "attention_sum",
     "capture_for_student",
     "capture_for_teacher",
+    "contrastive_kl",
     "hidden_mse",
     "hidden_mse_terms",
     "layer_pairs",
     "logits_kl",
     "probabilities_mse",
 ]
+
+
+AttentionKind = Literal["probabilities", "kl", "scores"]
 
 
 @dataclass(frozen=True)
@@ -196,6 +205,35 @@ def hidden_mse(
     return torch.stack(hidden_mse_terms(student, teacher, pairs, drop_last, project)).sum()
 
 
+def attention_distance(
+    student: AttentionTrace, teacher: AttentionTrace, kind: AttentionKind = "probabilities"
+) -> Tensor:
+    """One attention's distance to another.
+
+    "probabilities": number of keys * mean squared difference of the maps, streamed (published).
+    "kl": mean KL of their rows; on CUDA by attention kernels, elsewhere streamed.
+    "scores": mean squared difference before the softmax, by Gram matrices; not for causal attention.
+
+    Raises:
+        ValueError: the maps have different shapes, or "scores" of causal attention.
+    """
+    if kind == "scores":
+        return scores_mse(student, teacher)
+    if kind == "kl":
+        return (kl_by_attention if student.q.is_cuda else attention_kl)(student, teacher)
+    return attention_mse(student, teacher)
+
+
+def attention_sum(
+    student: Mapping[int, AttentionTrace],
+    teacher: Mapping[int, AttentionTrace],
+    pairs: Iterable[tuple[int, int]],
+    kind: AttentionKind = "probabilities",
+) -> Tensor:
+    """Sum over layer pairs of `attention_distance`."""
+    return torch.stack([attention_distance(student[i], teacher[j], kind) for i, j in pairs]).sum()
+
+
 def logits_kl(
     student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None
 ) -> Tensor:
@@ -221,3 +259,15 @@ def logits_kl(
     if mask is None:
         return rows.mean()
     return torch.where(mask, rows, rows.new_zeros(())).sum() / mask.sum().clamp(min=1)
+
+
+def contrastive_kl(
+    student: Similarities, teacher: Similarities, temperature: float = 1.0
+) -> Tensor:
+    """Mean of `logits_kl` over similarities (B, G) of images to texts and of texts to images.
+
+    Each model's similarities carry its own learned temperature; `temperature` divides them again.
+    As with ITC, each rank computes its own rows' share, and the mean over ranks is the global loss.
+    """
+    ways = zip(student, teacher, strict=True)
+    return torch.stack([logits_kl(ours, theirs, temperature) for ours, theirs in ways]).mean()

@@ -1,5 +1,5 @@
 """Task losses of vision-language training: ITC, ITM, MLM, boxes, answers. Pure functions, float32
-inside.
+inside (float64 stays).
 
 Shape legend: B own rows, G = world * B rows of the global batch, E feature size, M masked slots, V
 vocabulary, A answers, La answer tokens.
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from train.losses.attention import widen
 from train.losses.gather import (
     all_gather_no_grad,
     all_gather_with_grad,
@@ -34,6 +35,7 @@ __all__ = [
     "mlm_loss",
     "negative_weights",
     "same_pairs",
+    "similarities",
 ]
 
 # Keeps every other row possible as a negative, however unlikely (published value).
@@ -70,6 +72,25 @@ def _targets_loss(logits: Tensor, own: Tensor, groups: tuple[Tensor, Tensor] | N
     return F.cross_entropy(logits, equal / equal.sum(dim=1, keepdim=True))
 
 
+def similarities(
+    image_feature: Tensor, text_feature: Tensor, temperature: Tensor | float
+) -> Similarities:
+    """Cosine similarities over the temperature, own rows against the global batch.
+
+    Args:
+        image_feature, text_feature: (B, E), L2-normalised; the same B on every rank.
+        temperature: scalar or one-element tensor.
+    """
+    image, text = widen(image_feature), widen(text_feature)
+    if isinstance(temperature, Tensor):
+        temperature = widen(temperature).reshape(())
+    with torch.autocast(image.device.type, enabled=False):
+        return Similarities(
+            image @ all_gather_with_grad(text).t() / temperature,
+            text @ all_gather_with_grad(image).t() / temperature,
+        )
+
+
 def contrastive_loss(
     image_feature: Tensor,
     text_feature: Tensor,
@@ -92,7 +113,7 @@ def contrastive_loss(
         temperature: scalar or one-element tensor; similarities are divided by it.
         published_scaling: feature gradients 1/world of the true ones, while the temperature keeps
             its full one: what the released code gets from a gather whose backward drops the other
-            ranks' terms.
+            ranks' terms. Holds for whatever else is made of the returned similarities.
         groups: (B,) int64; rows with an equal value are positives of each other with equal weight
             (retrieval fine-tuning, where captions share an image). None: only the own pair.
 
@@ -100,24 +121,18 @@ def contrastive_loss(
         this rank's share (its mean over ranks is the global loss), and the similarities for
         `hard_negatives`.
     """
-    image, text = image_feature.float(), text_feature.float()
+    image, text = image_feature, text_feature
     if published_scaling:
         _, world = rank_and_world()
         image, text = scale_gradient(image, 1.0 / world), scale_gradient(text, 1.0 / world)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.float().reshape(())
-    with torch.autocast(image.device.type, enabled=False):
-        similarities = Similarities(
-            image @ all_gather_with_grad(text).t() / temperature,
-            text @ all_gather_with_grad(image).t() / temperature,
-        )
+    scaled = similarities(image, text, temperature)
     own = own_rows(image.shape[0], image.device)
     pair = None if groups is None else (groups, all_gather_no_grad(groups))
     loss = (
-        _targets_loss(similarities.image_to_text, own, pair)
-        + _targets_loss(similarities.text_to_image, own, pair)
+        _targets_loss(scaled.image_to_text, own, pair)
+        + _targets_loss(scaled.text_to_image, own, pair)
     ) / 2
-    return loss, similarities
+    return loss, scaled
 
 
 def same_pairs(groups: Tensor) -> Tensor:
@@ -200,13 +215,13 @@ def matching_labels(rows: int, device: torch.device | str = "cpu") -> Tensor:
 
 def matching_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of image-text matching. logits (3B, 2), labels (3B,) int64, class 1 = match."""
-    return F.cross_entropy(logits.float(), labels)
+    return F.cross_entropy(widen(logits), labels)
 
 
 def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy over used slots, 0 without any. (B, M, V) and (B, M); -100 is unused."""
     total = F.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+        widen(logits).flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum"
     )
     # Not the library's mean: without any label that one is 0 / 0.
     return total / (labels != -100).sum().clamp(min=1)
@@ -247,7 +262,8 @@ def box_losses(pred: Tensor, target: Tensor, is_region: Tensor) -> tuple[Tensor,
     Args:
         pred, target: (B, 4) normalised (cx, cy, w, h).   is_region: (B,) bool.
     """
-    pred, target = pred.float(), target.float()
+    pred = widen(pred)
+    target = target.to(pred)
     count = is_region.sum().clamp(min=1)
     l1 = (pred - target).abs().sum(dim=1)
     whole = is_region & (pred[:, 2:] >= 0).all(dim=1) & (target[:, 2:] >= 0).all(dim=1)
@@ -287,11 +303,11 @@ def answer_loss(
     """
     if questions < 1:
         raise ValueError(f"answer_loss needs at least one question row, got questions={questions}")
-    log_p = logits[:, :-1].float().log_softmax(dim=-1)
+    log_p = widen(logits[:, :-1]).log_softmax(dim=-1)
     token = log_p.gather(-1, answer_ids[:, 1:, None]).squeeze(-1)
     loss = -token
     if smoothing:
         share = smoothing / logits.shape[-1]
         loss = -(1 - smoothing) * token - share * (log_p.sum(dim=-1) - token)
     per_answer = torch.where(answer_mask[:, 1:], loss, loss.new_zeros(())).sum(dim=1)
-    return (answer_weight.float() * per_answer).sum() / questions
+    return (answer_weight.to(per_answer) * per_answer).sum() / questions

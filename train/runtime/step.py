@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.batches import Batch
+from train.losses.gather import mean_counts
 from train.tasks.base import Losses, StepContext, Task
 
 if TYPE_CHECKING:
@@ -46,6 +48,10 @@ class EngineModule(nn.Module):
         self.student = student
         self._unregistered = (task, teacher)
 
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """The task's counts of a batch (`Task.counts`)."""
+        return self._unregistered[0].counts(batch)
+
     def forward(self, batch: Batch, context: StepContext) -> tuple[Tensor, Losses]:
         """The total and its terms.
 
@@ -67,8 +73,8 @@ class StepResult:
         finite: the total loss was finite on every rank in every micro-batch.
         samples: text rows of all micro-batches on this rank.
         data_wait: seconds spent waiting for batches.
-        sums, counts: detached sums over finite micro-batches, by "loss.NAME" and "metrics.NAME"; on
-            the device.
+        sums, counts: detached sums over finite micro-batches, by "loss.NAME", "weighted.NAME" and
+            "metrics.NAME"; on the device.
     """
 
     applied: bool = False
@@ -99,8 +105,9 @@ def train_step(
 ) -> StepResult:
     """One optimizer step of `engine.gradient_accumulation_steps()` micro-batches.
 
-    `context_of(micro)` gives the context of each. Collective: all ranks call it with the same
-    contexts.
+    `context_of(micro)` gives the context of each. All batches are read before the first forward,
+    because means are over the counts of the whole step (`Task.counts`): a step holds its
+    micro-batches' inputs. Collective: all ranks call it with the same contexts.
     """
     result = StepResult()
     micro_steps = engine.gradient_accumulation_steps()
@@ -110,12 +117,15 @@ def train_step(
     if gates is not None:
         gates.begin_step(step, context_of(micro_steps).generator)
     scale = _loss_scale(engine)
+    started = time.perf_counter()
+    window = deque([next(batches) for _ in range(micro_steps)])
+    result.data_wait = time.perf_counter() - started
+    means = mean_counts([engine.module.counts(batch) for batch in window], device)
     for micro in range(micro_steps):
-        started = time.perf_counter()
-        batch = next(batches)
-        result.data_wait += time.perf_counter() - started
+        batch = window.popleft()
         result.samples += batch.rows
-        total, losses = engine(batch.to(device, non_blocking=True), context_of(micro))
+        context = replace(context_of(micro), mean_counts=means)
+        total, losses = engine(batch.to(device, non_blocking=True), context)
         bad_here = _bad_on_any_rank(total)
         _accumulate(result, total, losses, bad_here)
         bad = torch.maximum(bad, bad_here)
@@ -140,10 +150,7 @@ def _bad_on_any_rank(total: Tensor) -> Tensor:
 
 
 def _accumulate(result: StepResult, total: Tensor, losses: Losses, bad: Tensor) -> None:
-    values = {f"loss.{name}": term for name, term in losses.terms.items()}
-    values["loss.total"] = total
-    values.update({f"metrics.{name}": value for name, value in losses.metrics.items()})
-    for name, value in values.items():
+    for name, value in (losses.logged() | {"loss.total": total}).items():
         value = value.detach().float().reshape(())
         good = torch.isfinite(value) & (bad == 0)
         kept = torch.where(good, value, torch.zeros_like(value))

@@ -5,6 +5,7 @@ metrics.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,24 +13,34 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batches import Batch
+from train.losses.gather import mean_counts
 
 if TYPE_CHECKING:
     from models.xvlm import XVLM
     from train.runtime.teacher import Teacher
 
-__all__ = ["Losses", "StepContext", "Task"]
+__all__ = ["Losses", "StepContext", "Task", "scaled"]
 
 
 @dataclass(frozen=True)
 class StepContext:
     """Where a step stands. `generator` (CPU) is keyed by (seed, step): every rank draws the same
     numbers from it.
+
+    `mean_counts`: `Task.counts` averaged over the ranks and micro-batches of the optimizer step
+    (losses.gather.mean_counts); None: the micro-batch is the whole step.
     """
 
     step: int
     rank: int
     world_size: int
     generator: torch.Generator
+    mean_counts: Mapping[str, Tensor] | None = None
+
+
+def scaled(term: Tensor, share: Tensor) -> Tensor:
+    """`term` times `share` in the term's precision."""
+    return term * share.to(term)
 
 
 @dataclass
@@ -37,7 +48,8 @@ class Losses:
     """Named loss terms of one micro-batch.
 
     Attributes:
-        terms: name -> scalar tensor, raw.
+        terms: name -> scalar tensor, raw: this rank's share, so that the mean over ranks (and
+            micro-batches) is the global mean, whatever the ranks' counts.
         weights: name -> factor in the total; every term has one.
         metrics: name -> scalar tensor that is logged and not trained on (accuracies, counts).
         touch: zero-valued scalar that depends on every parameter the terms do not (ZeRO needs a
@@ -55,11 +67,38 @@ class Losses:
         assert isinstance(total, Tensor)
         return total if self.touch is None else total + self.touch
 
+    def logged(self) -> dict[str, Tensor]:
+        """What is averaged over ranks and recorded: "loss.NAME" (raw), "weighted.NAME" (as it
+        enters the total) and "metrics.NAME", detached.
+        """
+        values = {f"loss.{name}": term.detach() for name, term in self.terms.items()}
+        for name, term in self.terms.items():
+            values[f"weighted.{name}"] = self.weights[name] * term.detach()
+        return values | {f"metrics.{name}": value.detach() for name, value in self.metrics.items()}
+
 
 class Task(ABC):
     """One training objective. Holds no parameters and no state of a step."""
 
     name: ClassVar[str]
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """What the means of this task's terms are over, where ranks or micro-batches may differ in
+        it: name -> 0-d tensor. The same names for every batch of a kind.
+        """
+        return {}
+
+    def shares(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        """name -> own count over the mean count: a mean times its share has the denominator of the
+        whole step (see `losses.gather.mean_counts`). 0 where nobody has any. Collective when the
+        context brings no mean counts.
+        """
+        own = self.counts(batch)
+        mean = context.mean_counts
+        if mean is None:
+            mean = mean_counts([own], batch.images.device)
+        # Counts are whole numbers, so a mean over ranks and micro-batches is 0 or far above this.
+        return {name: count / mean[name].clamp_min(1e-9) for name, count in own.items()}
 
     @abstractmethod
     def losses(

@@ -55,8 +55,8 @@ def stack_pairs(kd: KdConfig, student: ModelConfig, teacher: ModelConfig) -> Sta
     Fusion layers in pairs (NLVR2) are mapped pair by pair, the same image with the same.
 
     Raises:
-        ValueError: naming the key, on maps that do not fit, image tokens that differ, and head
-            counts that differ where attention maps are compared.
+        ValueError: naming the key, on maps that do not fit, image tokens that differ, head counts
+            that differ where attention maps are compared, and kd.attention=scores with a decoder.
     """
     _check_tokens(student, teacher)
     ours, theirs = student.text, teacher.text
@@ -81,6 +81,11 @@ def stack_pairs(kd: KdConfig, student: ModelConfig, teacher: ModelConfig) -> Sta
         raise ValueError("kd.decoder_map: student and teacher do not both have a decoder")
     if kd.attention != "none":
         _check_heads(kd, student, teacher, pairs)
+    if kd.attention == "scores" and (both or student.form == "captioning"):
+        raise ValueError(
+            "kd.attention=scores compares whole keys by Gram matrices, which the causal attention "
+            "of a decoder does not have: use kd.attention=probabilities or kl"
+        )
     return pairs
 
 
@@ -202,8 +207,10 @@ def pass_terms(
     cross: bool = False,
     project: nn.Module | None = None,
 ) -> dict[str, Tensor]:
-    """Raw terms of one pass: "hidden", and "attention" (self-attention, plus cross-attention with
-    `cross`).
+    """Raw terms of one pass: "hidden", "attention" (self-attention), "cross_attention" with `cross`.
+
+    The two of attention only where kd.attention and kd.cross_attention ask for them. All are means
+    over the pass's rows.
 
     Args:
         drop_last: image states, whose last one lies before the final norm (published).
@@ -212,10 +219,12 @@ def pass_terms(
     terms = {"hidden": hidden_mse(student.hidden, teacher.hidden, pairs, drop_last, project)}
     if kd.attention == "none":
         return terms
-    total = attention_sum(student.attention, teacher.attention, pairs.attention, kd.attention)
+    kind = kd.attention
+    terms["attention"] = attention_sum(student.attention, teacher.attention, pairs.attention, kind)
     if cross and kd.cross_attention:
-        total = total + attention_sum(
-            student.cross_attention, teacher.cross_attention, pairs.attention, kd.attention
+        # Layers below the first with cross-attention (the text layers of a multimodal pass) have none.
+        upper = [pair for pair in pairs.attention if pair[0] in student.cross_attention]
+        terms["cross_attention"] = attention_sum(
+            student.cross_attention, teacher.cross_attention, upper, kind
         )
-    terms["attention"] = total
     return terms

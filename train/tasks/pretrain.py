@@ -19,11 +19,11 @@ from models.outputs import Capture, EncoderOutput
 from models.xvlm import XVLM
 from train.config import KdConfig
 from train.losses import vl
-from train.losses.distillation import LayerPairs, attention_sum, logits_kl
-from train.losses.gather import all_gather_no_grad, all_gather_with_grad
+from train.losses.distillation import LayerPairs, contrastive_kl, logits_kl
+from train.losses.gather import RowExchange
 from train.runtime.teacher import Teacher
-from train.tasks.base import Losses, StepContext, Task
-from train.tasks.kd import capture, pass_terms, rows, stack_pairs, upper_part
+from train.tasks.base import Losses, StepContext, Task, scaled
+from train.tasks.kd import capture, pass_terms, rows, stack_pairs
 
 __all__ = ["PretrainTask"]
 
@@ -65,8 +65,25 @@ class _Pass:
     mlm_logits: Tensor | None = None
 
 
+class _Partners:
+    """Where each row's negative image and negative text are, and how to get them: one exchange for
+    each, used by student and teacher alike.
+    """
+
+    def __init__(self, negatives: vl.HardNegatives, count: int, local: bool) -> None:
+        self.images = RowExchange(negatives.image_for_text, count, local)
+        self.texts = RowExchange(negatives.text_for_image, count, local)
+
+
 class PretrainTask(Task):
-    """ITC, ITM, MLM and box losses; with a teacher also the KD terms of section 3.2."""
+    """ITC, ITM, MLM and box losses; with a teacher also the KD terms of section 3.2.
+
+    Gradients averaged over ranks are those of one process with the whole batch: ITC and its KD by
+    the gather's backward, ITM by the exchange's, MLM and boxes by shares of the step's counts, and
+    every other mean is over as many rows on each rank. Under accumulation MLM, boxes and the KD of
+    all passes but the matching one equal the unaccumulated step's, too; ITC, ITM (and their KD) are
+    of a micro-batch by definition, since a micro-batch's rows are the candidates.
+    """
 
     name = "pretrain"
 
@@ -77,11 +94,20 @@ class PretrainTask(Task):
         student: ModelConfig,
         teacher: ModelConfig | None,
         global_negatives: bool = True,
+        published_itc: bool = False,
     ) -> None:
         self.weights = weights
         self.kd = kd
         self.plan = None if teacher is None else _Plan.between(kd, student, teacher)
         self.global_negatives = global_negatives
+        self.published_itc = published_itc
+
+    def counts(self, batch: PretrainBatch) -> dict[str, Tensor]:
+        """Masked slots, and on region batches region rows; rows and images are as many everywhere."""
+        found = {"mlm": (batch.mlm_labels != -100).sum()}
+        if batch.is_region is not None:
+            found["boxes"] = batch.is_region.sum()
+        return found
 
     # -- one model's passes
     # ------------------------------------------------------------------------------
@@ -107,24 +133,20 @@ class PretrainTask(Task):
         return _Pass(region.rows, region.rows.last, batch.region_mask, region.full, text)
 
     def _match(
-        self, model: XVLM, done: _Pass, batch: PretrainBatch, negatives: vl.HardNegatives, side: str
+        self, model: XVLM, done: _Pass, batch: PretrainBatch, partners: _Partners, side: str
     ) -> None:
         """ITM on B matched pairs, B with another image, B with another text: one fusion pass of 3B
         rows.
         """
-        image_for_text, text_for_image = negatives
-        gather = all_gather_with_grad if side == "student" else all_gather_no_grad
-        images, texts = gather(done.image_states), gather(done.text.last)
-        text_mask = all_gather_no_grad(batch.text_mask)
-        own_text, own_mask = done.text.last, batch.text_mask
+        images, texts = partners.images, partners.texts
+        own_text, own_mask, own_image = done.text.last, batch.text_mask, done.image_states
         image_mask = None
         if done.image_mask is not None:
-            masks = all_gather_no_grad(done.image_mask)
-            image_mask = torch.cat([done.image_mask, masks[image_for_text], done.image_mask])
+            image_mask = torch.cat([done.image_mask, images.take(done.image_mask), done.image_mask])
         done.matched = model.fuse(
-            torch.cat([own_text, own_text, texts[text_for_image]]),
-            torch.cat([own_mask, own_mask, text_mask[text_for_image]]),
-            torch.cat([done.image_states, images[image_for_text], done.image_states]),
+            torch.cat([own_text, own_text, texts.take(own_text)]),
+            torch.cat([own_mask, own_mask, texts.take(own_mask)]),
+            torch.cat([own_image, images.take(own_image), own_image]),
             image_mask,
             self._capture(side, "fusion"),
         )
@@ -146,23 +168,26 @@ class PretrainTask(Task):
     def losses(
         self, student: XVLM, teacher: Teacher | None, batch: PretrainBatch, context: StepContext
     ) -> Losses:
+        share = self.shares(batch, context)
         done = self._encode(student, batch, "student")
         itc, similarity = vl.contrastive_loss(
             student.image_feature(done.image_states),
             student.text_feature(done.text.last),
             student.temperature(),
+            self.published_itc,
         )
-        negatives = vl.hard_negatives(
-            similarity, context.generator, local=not self.global_negatives
-        )
-        self._match(student, done, batch, negatives, "student")
+        local = not self.global_negatives
+        negatives = vl.hard_negatives(similarity, context.generator, local=local)
+        partners = _Partners(negatives, batch.rows, local)
+        # Before the matching pass: the device has work while the host waits for the drawn indices.
         self._mlm(student, done, batch, "student")
+        self._match(student, done, batch, partners, "student")
         assert done.match_logits is not None and done.mlm_logits is not None
         labels = vl.matching_labels(batch.rows, done.match_logits.device)
         terms = {
             "itc": itc,
             "itm": vl.matching_loss(done.match_logits, labels),
-            "mlm": vl.mlm_loss(done.mlm_logits, batch.mlm_labels),
+            "mlm": scaled(vl.mlm_loss(done.mlm_logits, batch.mlm_labels), share["mlm"]),
         }
         touch = None
         if done.full_states is None:
@@ -170,22 +195,26 @@ class PretrainTask(Task):
                 {"bbox_head"}
             )  # no region rows: ZeRO-3 would repeat the last gradient
         else:
-            terms |= self._boxes(student, done, batch)
-        share = 1.0 if teacher is None else self.kd.task_weight
-        weights = {name: share * self.weights.get(name, 1.0) for name in terms}
+            terms |= self._boxes(student, done, batch, share["boxes"])
+        task = 1.0 if teacher is None else self.kd.task_weight
+        weights = {name: task * self.weights.get(name, 1.0) for name in terms}
         if teacher is not None:
-            extra, extra_weights = self._distil(teacher, done, batch, negatives)
+            extra, extra_weights = self._distil(teacher, done, batch, partners, similarity)
             terms |= extra
             weights |= extra_weights
         metrics = {
             "itm_accuracy": (done.match_logits.argmax(-1) == labels).float().mean(),
-            "mlm_accuracy": _masked_accuracy(done.mlm_logits, batch.mlm_labels),
+            "mlm_accuracy": scaled(
+                _masked_accuracy(done.mlm_logits, batch.mlm_labels), share["mlm"]
+            ),
             "temperature": student.temperature().detach().mean(),
         }
         return Losses(terms, weights, metrics, touch)
 
     @staticmethod
-    def _boxes(student: XVLM, done: _Pass, batch: PretrainBatch) -> dict[str, Tensor]:
+    def _boxes(
+        student: XVLM, done: _Pass, batch: PretrainBatch, share: Tensor
+    ) -> dict[str, Tensor]:
         """Boxes are predicted from the whole image and the unmasked text (X-VLM, section 3.2)."""
         assert (
             done.full_states is not None and batch.boxes is not None and batch.is_region is not None
@@ -194,17 +223,23 @@ class PretrainTask(Task):
             done.text.last, batch.text_mask, done.full_states[batch.image_index], None
         )
         l1, giou = vl.box_losses(student.predict_box(fused.last), batch.boxes, batch.is_region)
-        return {"box_l1": l1, "box_giou": giou}
+        return {"box_l1": scaled(l1, share), "box_giou": scaled(giou, share)}
 
     def _distil(
-        self, teacher: Teacher, done: _Pass, batch: PretrainBatch, negatives: vl.HardNegatives
+        self,
+        teacher: Teacher,
+        done: _Pass,
+        batch: PretrainBatch,
+        partners: _Partners,
+        similarity: vl.Similarities,
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         kd, plan, count = self.kd, self.plan, batch.rows
         assert plan is not None and done.matched is not None and done.mlm is not None
         with teacher.running() as model:
             target = self._encode(model, batch, "teacher")
-            self._match(model, target, batch, negatives, "teacher")
+            self._match(model, target, batch, partners, "teacher")
             self._mlm(model, target, batch, "teacher")
+            theirs = self._teacher_similarities(model, target)
         assert target.matched is not None and target.mlm is not None
         fusion = [
             pass_terms(
@@ -213,7 +248,7 @@ class PretrainTask(Task):
             for cut in ((0, count), (count, 3 * count))
         ]
         # The whole MLM pass counts as fusion, its text layers too (they see masked text here).
-        fusion.append(self._multimodal_terms(done.mlm, target.mlm))
+        fusion.append(pass_terms(kd, done.mlm, target.mlm, plan.multimodal, cross=True))
         image = pass_terms(kd, done.image, target.image, plan.image, drop_last=True)
         text = pass_terms(kd, done.text, target.text, plan.text)
         terms, weights = {}, {}
@@ -225,26 +260,25 @@ class PretrainTask(Task):
         assert done.mlm_logits is not None and target.mlm_logits is not None
         add("itm", logits_kl(done.match_logits, target.match_logits, kd.temperature), kd.logits)
         add("mlm", logits_kl(done.mlm_logits, target.mlm_logits, kd.temperature), kd.logits)
-        add("image_hidden", image["hidden"], kd.image * kd.image_hidden)
-        add("text_hidden", text["hidden"], kd.text)
-        add("fusion_hidden", torch.stack([part["hidden"] for part in fusion]).sum(), kd.fusion)
-        if kd.attention != "none":
-            add("image_attention", image["attention"], kd.image)
-            add("text_attention", text["attention"], kd.text)
-            add("fusion_attention", torch.stack([p["attention"] for p in fusion]).sum(), kd.fusion)
+        if theirs is not None:
+            add("itc", contrastive_kl(similarity, theirs, kd.temperature), kd.contrastive)
+        for kind, value in image.items():
+            add(f"image_{kind}", value, kd.image * (kd.image_hidden if kind == "hidden" else 1.0))
+        for kind, value in text.items():
+            add(f"text_{kind}", value, kd.text)
+        for kind in fusion[0]:
+            add(f"fusion_{kind}", torch.stack([part[kind] for part in fusion]).sum(), kd.fusion)
         return terms, weights
 
-    def _multimodal_terms(
-        self, student: EncoderOutput, teacher: EncoderOutput
-    ) -> dict[str, Tensor]:
-        assert self.plan is not None
-        terms = pass_terms(self.kd, student, teacher, self.plan.multimodal)
-        if self.kd.cross_attention and self.kd.attention != "none":
-            upper = upper_part(self.plan.multimodal, self.plan.text.student_layers)
-            terms["attention"] = terms["attention"] + attention_sum(
-                student.cross_attention, teacher.cross_attention, upper.attention, self.kd.attention
-            )
-        return terms
+    def _teacher_similarities(self, model: XVLM, done: _Pass) -> vl.Similarities | None:
+        """None where no loss reads them: they cost a gather."""
+        if self.kd.contrastive == 0:
+            return None
+        return vl.similarities(
+            model.image_feature(done.image_states),
+            model.text_feature(done.text.last),
+            model.temperature(),
+        )
 
     # -- evaluation
     # --------------------------------------------------------------------------------------

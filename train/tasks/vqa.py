@@ -16,10 +16,13 @@ from train.evaluation.vqa import AnswerList, evaluate_batch
 from train.losses import vl
 from train.losses.distillation import LayerPairs, logits_kl
 from train.runtime.teacher import Teacher
-from train.tasks.base import Losses, StepContext, Task
+from train.tasks.base import Losses, StepContext, Task, scaled
 from train.tasks.kd import capture, pass_terms, stack_pairs, upper_part
 
 __all__ = ["VqaTask"]
+
+# What the distillation terms of each part are means over; images are as many on every rank.
+_ROWS = {"text": "questions", "fusion": "questions", "decoder": "answers"}
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,18 @@ class VqaTask(Task):
         self.answers = answers
         self.top_k = top_k
 
+    def counts(self, batch: VqaBatch) -> dict[str, Tensor]:
+        """Questions, answer positions, those of real tokens, and the answers' weight: images have
+        several questions, and questions several answers.
+        """
+        whole = batch.image_index.new_full
+        return {
+            "questions": whole((), batch.rows),
+            "answers": whole((), batch.answer_ids.numel()),
+            "answer_tokens": batch.answer_mask[:, 1:].sum(),
+            "answer_weight": batch.answer_weight.sum(),
+        }
+
     def _run(self, model: XVLM, batch: VqaBatch, side: str) -> _Pass:
         plan, kd = self.plan, self.kd
         if plan is None:
@@ -116,20 +131,22 @@ class VqaTask(Task):
         loss = vl.answer_loss(
             done.logits, batch.answer_ids, batch.answer_mask, batch.answer_weight, batch.rows
         )
-        share = 1.0 if teacher is None else self.kd.task_weight
-        terms = {"answer": loss}
-        weights = {"answer": share * self.weights.get("answer", 1.0)}
+        share = self.shares(batch, context)
+        task = 1.0 if teacher is None else self.kd.task_weight
+        terms = {"answer": scaled(loss, share["questions"])}
+        weights = {"answer": task * self.weights.get("answer", 1.0)}
         if teacher is not None:
-            extra, extra_weights = self._distil(teacher, done, batch)
+            extra, extra_weights = self._distil(teacher, done, batch, share)
             terms |= extra
             weights |= extra_weights
         right = (done.logits[:, 0].argmax(-1) == batch.answer_ids[:, 1]).float()
         weight = batch.answer_weight
-        metrics = {"first_token_accuracy": (right * weight).sum() / weight.sum().clamp(min=1e-6)}
+        accuracy = (right * weight).sum() / weight.sum().clamp(min=1e-6)
+        metrics = {"first_token_accuracy": scaled(accuracy, share["answer_weight"])}
         return Losses(terms, weights, metrics)
 
     def _distil(
-        self, teacher: Teacher, done: _Pass, batch: VqaBatch
+        self, teacher: Teacher, done: _Pass, batch: VqaBatch, share: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         kd, plan = self.kd, self.plan
         assert plan is not None
@@ -140,11 +157,10 @@ class VqaTask(Task):
         fusion = pass_terms(kd, done.question, target.question, plan.fusion, cross=True)
         decoder = pass_terms(kd, done.answer, target.answer, plan.decoder, cross=True)
         # Positions whose next token is real: padding has no prediction worth imitating.
-        terms = {
-            "kd_answer": logits_kl(
-                done.logits[:, :-1], target.logits[:, :-1], kd.temperature, batch.answer_mask[:, 1:]
-            )
-        }
+        answer = logits_kl(
+            done.logits[:, :-1], target.logits[:, :-1], kd.temperature, batch.answer_mask[:, 1:]
+        )
+        terms = {"kd_answer": scaled(answer, share["answer_tokens"])}
         weights = {"kd_answer": kd.kd_weight * kd.logits}
         parts = {
             "image": (image, kd.image, kd.image_hidden),
@@ -154,7 +170,8 @@ class VqaTask(Task):
         }
         for name, (values, weight, hidden_weight) in parts.items():
             for kind, value in values.items():
-                terms[f"kd_{name}_{kind}"] = value
+                rows = _ROWS.get(name)
+                terms[f"kd_{name}_{kind}"] = value if rows is None else scaled(value, share[rows])
                 factor = hidden_weight if kind == "hidden" else 1.0
                 weights[f"kd_{name}_{kind}"] = kd.kd_weight * weight * factor
         return terms, weights
