@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models import io
 from models.bert import DecoderCache, ImageMasks, Images, TextStack, initialise_bert
+from models.compiled import compiled_passes
 from models.config import HEADS, ModelConfig
 from models.decoder import AnswerDecoder, DecoderOutput, scored
 from models.gates import GateSlot
@@ -61,6 +62,7 @@ class XVLM(nn.Module):
         for name in HEADS[config.form]:
             setattr(self, name, _head(name, config))
         self._pixel_constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._compiled: dict[str, Callable[..., Any]] = {}
         self._initialise()
 
     def _initialise(self) -> None:
@@ -119,13 +121,14 @@ class XVLM(nn.Module):
         Returns:
             EncoderOutput with last (N, P, D), or a RegionOutput when `region_mask` is given.
         """
-        return self.vision(self._normalise(images), capture, region_mask, image_index)
+        run = self._compiled.get("vision", self.vision)
+        return run(self._normalise(images), capture, region_mask, image_index)
 
     def encode_text(
         self, ids: Tensor, mask: Tensor | None, capture: Capture = _NOTHING
     ) -> EncoderOutput:
         """ids (B, L) int64, mask (B, L) bool -> last (B, L, D) after the text layers."""
-        return self.text.encode(ids, mask, capture)
+        return self._compiled.get("text", self.text.encode)(ids, mask, capture)
 
     def fuse(
         self,
@@ -140,7 +143,8 @@ class XVLM(nn.Module):
         B may be a multiple of N: each image then serves B / N consecutive rows, projected once.
         Forms of NLVR2 take two image states (and two masks, or None); layer 2j reads the first.
         """
-        return self.text.fuse(text_states, text_mask, image_states, image_mask, capture)
+        run = self._compiled.get("fusion", self.text.fuse)
+        return run(text_states, text_mask, image_states, image_mask, capture)
 
     def multimodal(
         self,
@@ -151,7 +155,8 @@ class XVLM(nn.Module):
         capture: Capture = _NOTHING,
     ) -> EncoderOutput:
         """Text layers then fusion layers, images as for `fuse`; indices count through both."""
-        return self.text.multimodal(ids, mask, image_states, image_mask, capture)
+        run = self._compiled.get("multimodal", self.text.multimodal)
+        return run(ids, mask, image_states, image_mask, capture)
 
     def decode(
         self,
@@ -175,16 +180,18 @@ class XVLM(nn.Module):
         Raises:
             ValueError: in the other forms.
         """
+        # A cache grows with every call: a compiled pass would be compiled anew for every token.
+        compiled = self._compiled if cache is None else {}
         if self.decoder is not None:
-            return self.decoder(ids, mask, states, state_mask, capture, cache)
+            run = compiled.get("decoder", self.decoder)
+            return run(ids, mask, states, state_mask, capture, cache)
         if self.config.form != "captioning":
             raise ValueError(
                 'decode needs a model of form "vqa" or "captioning", '
                 f"this one is of form {self.config.form!r}"
             )
-        output = self.text.multimodal(
-            ids, mask, states, state_mask, capture, causal=True, cache=cache
-        )
+        run = compiled.get("multimodal", self.text.multimodal)
+        output = run(ids, mask, states, state_mask, capture, causal=True, cache=cache)
         return scored(
             output, self.lm_head(output.last, word_weight=self.text.embeddings.word.weight)
         )
@@ -254,6 +261,29 @@ class XVLM(nn.Module):
         for block in self.modules():
             if isinstance(block, ViTBlock | BertLayer):
                 block.recompute = enabled
+
+    def compile_encoders(
+        self,
+        mode: str | None = "default",
+        *,
+        backend: str | Callable[..., Any] = "inductor",
+        fullgraph: bool = False,
+    ) -> None:
+        """Vision, text and fusion passes (and the answer decoder) run under torch.compile from now.
+
+        Each is one graph without breaks, with masks, regions, captures, gates and activation
+        checkpointing. The first call of each kind compiles, which takes up to minutes. Heads, and
+        decoding with a cache, stay eager; copies and saved models are not compiled.
+
+        Args:
+            mode, backend: as of torch.compile.
+            fullgraph: a graph break is an error (engines whose hooks gather parameters break it).
+        """
+        self._compiled = compiled_passes(self, mode, backend, fullgraph)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take along: a compiled pass would run on this object's weights."""
+        return self.__dict__ | {"_compiled": {}}
 
     def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
         """(module, parameter) pairs where a module's forward reads a parameter it does not own.

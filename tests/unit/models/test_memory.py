@@ -14,7 +14,7 @@ from models import presets
 from models.config import ModelConfig
 from models.layers import BertLayer, ViTBlock
 from models.outputs import AttentionTrace, Capture, EncoderOutput
-from models.xvlm import XVLM
+from models.xvlm import XVLM, DecoderOutput
 
 MICRO = "blocksworld-micro-teacher"
 
@@ -24,14 +24,13 @@ def seeded():
     torch.manual_seed(0)
 
 
-def config(form: str = "pretrain", dropout: float = 0.2) -> ModelConfig:
+def config(form: str = "pretrain", dropout: float = 0.2, name: str = MICRO) -> ModelConfig:
     """Two heads a layer, and everything random that training has."""
-    narrow = {"head_dim": 16, "activation": "gelu"}
-    text = {"heads": (2,) * 4, "cross_heads": (2,) * 2, **narrow}
-    text |= {"dropout": dropout, "attention_dropout": dropout}
-    vision = {"heads": (2,) * 4, "drop_path": dropout, **narrow}
-    values = presets.config(MICRO, vision=vision, text=text)
-    return values.as_form(form)
+    plain = presets.config(name)
+    text = {"heads": (2,) * plain.text.layers, "cross_heads": (2,) * plain.text.fusion_layers}
+    text |= {"head_dim": 16, "dropout": dropout, "attention_dropout": dropout}
+    vision = {"heads": (2,) * plain.vision.layers, "head_dim": 16, "drop_path": dropout}
+    return presets.config(name, vision=vision, text=text).as_form(form)
 
 
 def traced(values: dict[int, AttentionTrace]) -> list[Tensor]:
@@ -41,7 +40,7 @@ def traced(values: dict[int, AttentionTrace]) -> list[Tensor]:
 def parts(output: EncoderOutput) -> list[Tensor]:
     """Everything in an output that a loss may use."""
     return [
-        output.last,
+        output.logits if isinstance(output, DecoderOutput) else output.last,
         *output.hidden.values(),
         *traced(output.attention),
         *traced(output.cross_attention),
