@@ -102,7 +102,12 @@ def build_task(
     if config.task == "vqa":
         return VqaTask(config.loss, config.kd, student.config, theirs, answers, config.eval.top_k)
     return PretrainTask(
-        config.loss, config.kd, student.config, theirs, config.negatives == "global"
+        config.loss,
+        config.kd,
+        student.config,
+        theirs,
+        config.negatives == "global",
+        config.itc_scaling == "published",
     )
 
 
