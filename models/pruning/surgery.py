@@ -50,9 +50,17 @@ def widths(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def with_widths(config: ModelConfig, changes: Mapping[str, int]) -> ModelConfig:
-    """The configuration with other widths in the named slots. Raises ValueError on an unknown
-    slot."""
+def with_widths(
+    config: ModelConfig, changes: Mapping[str, int], pairs: Mapping[int, int] | None = None
+) -> ModelConfig:
+    """The configuration with other widths in the named slots.
+
+    Args:
+        pairs: pair of fusion layers -> heads of its shared key and value projection (NLVR2).
+
+    Raises:
+        ValueError: an unknown slot.
+    """
     values, places = config.to_dict(), _places(config)
     for name, width in changes.items():
         if name not in places:
@@ -61,6 +69,11 @@ def with_widths(config: ModelConfig, changes: Mapping[str, int]) -> ModelConfig:
         row = list(values[section][field])
         row[index] = width
         values[section][field] = tuple(row)
+    if pairs:
+        shared = list(values["text"]["pair_heads"])
+        for pair, heads in pairs.items():
+            shared[pair] = heads
+        values["text"]["pair_heads"] = tuple(shared)
     return ModelConfig.from_dict(values, where=f"pruned {config.name}")
 
 
@@ -108,10 +121,55 @@ def _cut_attention(state: dict[str, Tensor], prefix: str, head_dim: int, z: Tens
     if not len(kept):  # the output bias remains
         _drop(state, prefix, [*inputs, "out.weight"])
         return
-    entries = (kept[:, None] * head_dim + torch.arange(head_dim)).flatten()
+    entries = _entries(kept, head_dim)
     for name in inputs:
         _cut(state, f"{prefix}.{name}", 0, entries, None)
     _cut(state, f"{prefix}.out.weight", 1, entries, _soft(z[kept].repeat_interleave(head_dim)))
+
+
+def _cut_pair(
+    state: dict[str, Tensor], paths: tuple[str, str], parts: tuple[Attention, Attention],
+    gates: tuple[Tensor, Tensor],
+) -> int:  # fmt: skip
+    """Cross-attentions that share one key and value projection (NLVR2). Returns its heads left.
+
+    The shared heads that remain are ordered as those of the first reader only, of both, of the
+    second only, so that each reader still takes one end of them.
+    """
+    shared, head_dim = parts[0].shared_heads or 0, parts[0].head_dim
+    kept = [z.nonzero().flatten() for z in gates]
+    # The first reader's heads are the first shared ones, the second's the last.
+    first, second = (
+        set(kept[0].tolist()),
+        {head + shared - parts[1].heads for head in kept[1].tolist()},
+    )
+    order = [*sorted(first - second), *sorted(first & second), *sorted(second - first)]
+    mine = (
+        order[: len(first)],
+        [head - shared + parts[1].heads for head in order[len(order) - len(second) :]],
+    )
+    for path, heads, z in zip(paths, mine, gates, strict=True):
+        inputs = [name for name in ("q.weight", "q.bias") if f"{path}.{name}" in state]
+        if not heads:
+            _drop(state, path, [*inputs, *(["out.weight"] if inputs else [])])
+            continue
+        entries = _entries(torch.tensor(heads), head_dim)
+        for name in inputs:
+            _cut(state, f"{path}.{name}", 0, entries, None)
+        scale = _soft(z[heads].repeat_interleave(head_dim))
+        _cut(state, f"{path}.out.weight", 1, entries, scale)
+    keys = [f"{x}.{y}" for x in "kv" for y in ("weight", "bias")]
+    for name in [name for name in keys if f"{paths[0]}.{name}" in state]:
+        if order:
+            _cut(state, f"{paths[0]}.{name}", 0, _entries(torch.tensor(order), head_dim), None)
+        else:
+            del state[f"{paths[0]}.{name}"]
+    return len(order)
+
+
+def _entries(heads: Tensor, head_dim: int) -> Tensor:
+    """Rows of a projection that belong to `heads`, in their order."""
+    return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
 def _cut_ffn(state: dict[str, Tensor], prefix: str, gate_first: bool, z: Tensor) -> None:
@@ -156,25 +214,68 @@ def prune(model: XVLM, gates: Mapping[str, Tensor]) -> XVLM:
     if unknown:
         raise ValueError(f"no gate slot {unknown[0]!r} in model {model.config.name!r}")
     state = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    changes = {}
-    for name, values in gates.items():
+    checked = {
+        name: _checked(name, values, parts[name][1].gate.units) for name, values in gates.items()
+    }
+    changes = {name: int((z != 0).sum()) for name, z in checked.items()}
+    pairs = _cut_pairs(model.config, parts, checked, state)
+    for name, z in checked.items():
         path, part = parts[name]
-        z = _checked(name, values, part.gate.units)
         if not part.gate.units:
             continue
-        changes[name] = int((z != 0).sum())
         if isinstance(part, Attention):
+            if part.shared_heads is not None:
+                continue  # cut above, with its partner
             _cut_attention(state, path, part.head_dim, z)
         else:
             _cut_ffn(state, path, part.gate_first, z)
     with torch.device("meta"):  # no weights are drawn: the global random state stays as it is
-        slim = XVLM(with_widths(model.config, changes))
+        slim = XVLM(with_widths(model.config, changes, pairs))
     slim.load_state_dict(state, assign=True)
     return slim.train(model.training)
 
 
+def _cut_pairs(
+    config: ModelConfig,
+    parts: Mapping[str, tuple[str, Part]],
+    gates: Mapping[str, Tensor],
+    state: dict[str, Tensor],
+) -> dict[int, int]:
+    """Cuts the cross-attentions of pairs of fusion layers; the heads left in each shared
+    projection.
+    """
+    left = {}
+    for pair in range(len(config.text.pair_heads or ())):
+        names = [f"fusion.{2 * pair + turn}.cross_heads" for turn in (0, 1)]
+        if not any(name in gates for name in names):
+            continue
+        (path, one), (other_path, other) = (parts[name] for name in names)
+        assert isinstance(one, Attention) and isinstance(other, Attention)
+        z = tuple(
+            gates.get(name, torch.ones(part.heads))
+            for name, part in zip(names, (one, other), strict=True)
+        )
+        left[pair] = _cut_pair(state, (path, other_path), (one, other), (z[0], z[1]))
+    return left
+
+
 def _share(kept: int, total: int) -> dict[str, Any]:
     return {"kept": kept, "total": total, "sparsity": 1.0 - kept / total if total else 0.0}
+
+
+def _pair_surplus(model: XVLM) -> dict[str, int]:
+    """Slot -> parameters that `parameters_per_unit` misses: it counts half a shared key and value
+    row for each reader, but a row with one reader left is still whole.
+    """
+    surplus = {}
+    for pair, shared in enumerate(model.config.text.pair_heads or ()):
+        names = [f"fusion.{2 * pair + turn}.cross_heads" for turn in (0, 1)]
+        parts = _parts(model)
+        (_, one), (_, other) = (parts[name] for name in names)
+        assert isinstance(one, Attention)
+        row = one.head_dim * 2 * (one.key_width + one.qkv_bias)
+        surplus[names[0]] = row * shared - row // 2 * (one.gate.units + other.gate.units)
+    return surplus
 
 
 def sparsity_report(
@@ -200,11 +301,15 @@ def sparsity_report(
             f"model {after.config.name!r} is not a pruned form of {before.config.name!r}"
         )
     layers = []
+    surplus = _pair_surplus(before), _pair_surplus(after)
     for name, cost in before.parameters_per_unit().items():
         modality, layer, kind = name.split(".")
         entry = {"slot": name, "modality": modality, "layer": int(layer), "kind": kind}
         entry |= {"kept": now[name], "total": was[name]}
-        entry |= {"parameters_kept": now[name] * cost, "parameters_total": was[name] * cost}
+        entry |= {
+            "parameters_kept": now[name] * cost + surplus[1].get(name, 0),
+            "parameters_total": was[name] * cost + surplus[0].get(name, 0),
+        }
         layers.append(entry)
 
     def counted(names: Collection[str]) -> dict[str, Any]:

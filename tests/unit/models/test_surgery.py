@@ -250,3 +250,46 @@ def test_published_prunable_totals():
         total = sum(units * costs[name] for name, units in widths(config).items())
         biases = 768 * len(costs)
         assert total + biases == published
+
+
+def nlvr2_outputs(model: XVLM, gates: dict[str, Tensor] | None = None) -> list[Tensor]:
+    """What the fusion of two images gives, with `gates` in the slots."""
+    for name, slot in model.gate_slots().items():
+        slot.z = None if gates is None or name not in gates else gates[name]
+    generator = torch.Generator().manual_seed(3)
+    size = model.config.vision.image_size
+    ids = torch.randint(5, 60, (2, 6), generator=generator)
+    pictures = torch.randn(4, 3, size, size, generator=generator)
+    with torch.no_grad():
+        first, second = model.encode_image(pictures).last.chunk(2)
+        fused = model.multimodal(ids, torch.ones(2, 6, dtype=torch.bool), (first, second))
+        result = [fused.last, model.truth_logits(fused.last)]
+    for slot in model.gate_slots().values():
+        slot.z = None
+    return result
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize(
+    "empty", [(), ("fusion.0.cross_heads",), ("fusion.0.cross_heads", "fusion.1.cross_heads")]
+)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_pairs_of_layers_keep_the_keys_that_either_still_reads(soft, empty, seed):
+    model = make_model("nlvr2")
+    gates = random_gates(model, empty, soft, seed)
+    slim = prune(model, gates)
+    for one, two in zip(nlvr2_outputs(slim), nlvr2_outputs(model, gates), strict=True):
+        torch.testing.assert_close(one, two, **CLOSE)
+    first, second = (gates[f"fusion.{n}.cross_heads"] != 0 for n in (0, 1))
+    assert slim.config.text.pair_heads == (int((first | second).sum()),)
+    report = sparsity_report(model, slim)
+    lost = report["parameters"]["before"] - report["parameters"]["after"]
+    assert lost == report["prunable"]["total"] - report["prunable"]["kept"]
+
+    # A slim model may be cut again.
+    again = {name: z[z != 0] for name, z in gates.items()}
+    more = {name: torch.ones(len(z)) for name, z in again.items()}
+    more["fusion.1.cross_heads"][:1] = 0.0
+    slimmer = prune(slim, more)
+    for one, two in zip(nlvr2_outputs(slimmer), nlvr2_outputs(slim, more), strict=True):
+        torch.testing.assert_close(one, two, **CLOSE)
