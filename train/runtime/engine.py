@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: its settings made explicit and checked, its optimizer made by us.
+"""The DeepSpeed engine: its settings made explicit and checked, the engine itself.
 
 A file in ds_configs/ holds engine settings only. What the run file decides (batch, accumulation,
 clipping, precision) is "auto" there and filled in here. DeepSpeed ignores unknown top-level keys
@@ -10,21 +10,22 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from train.config import EngineConfig, OptimConfig, RunConfig, UserError
+from train.config import EngineConfig, RunConfig, UserError
 from train.recipes_io import nearest
+from train.runtime.optimizer import make_optimizer, parameter_groups
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 __all__ = [
-    "GuardedAdamW",
     "build_engine",
     "engine_settings",
     "gathered",
@@ -34,6 +35,7 @@ __all__ = [
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 _AUTO = "auto"
+_OFFLOADS = ("offload_optimizer", "offload_param")
 _PRECISION_BLOCKS = ("fp16", "bf16", "torch_autocast")
 
 # Top-level keys a file may have; what the run file owns (optimizer, scheduler, train_batch_size) is
@@ -90,73 +92,6 @@ _OURS = {
 }
 
 
-def parameter_groups(
-    student: nn.Module, new_modules: set[str], optim: OptimConfig
-) -> list[dict[str, Any]]:
-    """AdamW groups {decay, no decay} x {lr, new lr}, empty ones left out, in a fixed order.
-
-    Biases, norm weights and every other parameter of at most one dimension do not decay. Parameters
-    below a module named in `new_modules` (or named there themselves) get `new_lr_multiplier`
-    (EfficientVLM section 4). Raises ValueError when a name in `new_modules` matches nothing.
-    """
-    groups = {
-        (decays, new): {
-            "params": [],
-            "name": f"{'decay' if decays else 'no_decay'}{'_new' if new else ''}",
-            "weight_decay": optim.weight_decay if decays else 0.0,
-            "lr_multiplier": optim.new_lr_multiplier if new else 1.0,
-        }
-        for new in (False, True)
-        for decays in (True, False)
-    }
-    unmatched = set(new_modules)
-    for name, parameter in student.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        hits = {module for module in new_modules if name == module or name.startswith(f"{module}.")}
-        unmatched -= hits
-        groups[parameter.ndim > 1, bool(hits)]["params"].append(parameter)
-    if unmatched:
-        raise ValueError(
-            "new modules with no trainable parameter in the student: "
-            f"{', '.join(sorted(unmatched))}"
-        )
-    kept = [group for group in groups.values() if group["params"]]
-    for group in kept:
-        group["lr"] = optim.lr * group["lr_multiplier"]
-    return kept
-
-
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW for ZeRO stage 0: clips by the global norm, keeps that norm, and skips a step with
-    non-finite gradients.
-
-    At stages 1-3 DeepSpeed does all three; at stage 0 in fp32 it only clips, and would write NaN
-    into the weights. The engine reads `overflow` and `_global_grad_norm` from its optimizer.
-    Gradients are already averaged over ranks here, so all ranks decide alike.
-    """
-
-    def __init__(self, groups: Iterable[dict[str, Any]], clip: float, **options: Any) -> None:
-        super().__init__(groups, **options)
-        self.clip = clip
-        self.overflow = False
-        self._global_grad_norm: float | None = None
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        parameters = [
-            p for group in self.param_groups for p in group["params"] if p.grad is not None
-        ]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self._global_grad_norm = norm.item()
-        self.overflow = not bool(torch.isfinite(norm))
-        if self.overflow:
-            return None
-        if self.clip > 0.0:
-            nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
-        return super().step(closure)
-
-
 def engine_settings(config: RunConfig) -> dict[str, Any]:
     """The complete DeepSpeed settings of a run: every "auto" filled, every key known. Raises
     UserError.
@@ -176,9 +111,14 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
                 f'{path}: {key} is {theirs!r}, but {source} says {ours!r}; write "auto" there'
             )
         values[key] = ours
-    _fill_precision(path, values, config.engine.precision)
+    _fill_precision(path, values, config.engine)
     zero = values.setdefault("zero_optimization", {"stage": 0})
-    if zero.get("stage") == 0:
+    _fill_offload(path, zero, config.engine.offload)
+    for block in _OFFLOADS:
+        if (zero.get(block) or {}).get("pin_memory") == _AUTO:
+            # Page-locked memory is for copies to a GPU.
+            zero[block] = zero[block] | {"pin_memory": torch.cuda.is_available()}
+    if zero.get("stage", 0) == 0:
         if config.engine.precision == "fp16":
             raise UserError(
                 f"{path}: engine.precision=fp16 at ZeRO stage 0 takes a wrong first Adam step in "
@@ -186,6 +126,7 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
             )
         values["gradient_clipping"] = 0.0  # GuardedAdamW clips
     values.setdefault("zero_allow_untested_optimizer", True)
+    values.setdefault("zero_force_ds_cpu_optimizer", False)  # `_cpu_optimizer` chooses
     left = _auto_keys(values)
     if left:
         raise UserError(
@@ -237,10 +178,12 @@ def _decided(config: RunConfig) -> dict[str, tuple[Any, str]]:
     }
 
 
-def _fill_precision(path: Path, values: dict[str, Any], precision: str) -> None:
-    """Turns on the one block of `precision`. bf16 is autocast: parameters, and so small updates,
-    stay fp32.
+def _fill_precision(path: Path, values: dict[str, Any], engine: EngineConfig) -> None:
+    """Turns on the one block of `engine.precision`. bf16 is autocast: parameters, and so small
+    updates, stay fp32.
     """
+    precision = engine.precision
+    power = _scale_power(engine)
     wanted = {"fp32": None, "bf16": "torch_autocast", "fp16": "fp16"}[precision]
     for block in _PRECISION_BLOCKS:
         given = values.get(block, _AUTO)
@@ -258,7 +201,47 @@ def _fill_precision(path: Path, values: dict[str, Any], precision: str) -> None:
                 inner["dtype"] = "bfloat16"
         elif block == "fp16" and block == wanted:
             inner = {"initial_scale_power": 16, "loss_scale_window": 1000} | inner
+            if power is not None:
+                inner["initial_scale_power"] = power
         values[block] = inner
+
+
+def _scale_power(engine: EngineConfig) -> int | None:
+    """log2 of engine.max_loss_scale, None without one. Raises UserError."""
+    limit = engine.max_loss_scale
+    if not limit:
+        return None
+    if engine.precision != "fp16":
+        raise UserError(
+            f"engine.max_loss_scale: there is no loss scale in {engine.precision}; leave it out or "
+            "set engine.precision=fp16"
+        )
+    if limit < 1 or not math.log2(limit).is_integer():
+        raise UserError(f"engine.max_loss_scale: {limit:g} is not a power of two, as 1024 is")
+    return int(math.log2(limit))
+
+
+def _fill_offload(path: Path, zero: dict[str, Any], offload: str) -> None:
+    """Adds the blocks of engine.offload to those of the file. Raises UserError."""
+    stage = int(zero.get("stage", 0))
+    if offload == "none":
+        if stage == 0 and _host_optimizer({"zero_optimization": zero}):
+            raise UserError(f"{path}: zero_optimization.offload_optimizer needs stage 1, 2 or 3")
+        return
+    lowest = 3 if offload == "parameters" else 1
+    if stage < lowest:
+        raise UserError(
+            f"engine.offload={offload} needs ZeRO stage {lowest} or higher, and {path} has stage "
+            f"{stage}; use engine.config=zero{max(lowest, 2)}"
+        )
+    for block in _OFFLOADS[: 2 if offload == "parameters" else 1]:
+        zero[block] = {"device": "cpu", "pin_memory": _AUTO} | (zero.get(block) or {})
+
+
+def _host_optimizer(settings: dict[str, Any]) -> bool:
+    """Optimizer states, and so its arithmetic, are in host memory."""
+    block = settings["zero_optimization"].get("offload_optimizer") or {}
+    return block.get("device", "none") != "none"
 
 
 def _auto_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
@@ -271,33 +254,20 @@ def _auto_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _optimizer(
-    groups: list[dict[str, Any]], optim: OptimConfig, stage: int
-) -> torch.optim.Optimizer:
-    """AdamW as a client optimizer: DeepSpeed's own would compile fused_adam on a CPU (45 s)."""
-    options = {
-        "lr": optim.lr,
-        "betas": tuple(optim.betas),
-        "eps": optim.eps,
-        "weight_decay": optim.weight_decay,
-    }
-    if stage == 0:
-        return GuardedAdamW(groups, clip=optim.clip, **options)
-    if torch.cuda.is_available():
-        return torch.optim.AdamW(groups, fused=True, **options)
-    return torch.optim.AdamW(groups, **options)
-
-
 def build_engine(
     config: RunConfig, module: nn.Module, groups: list[dict[str, Any]]
 ) -> DeepSpeedEngine:
     """`deepspeed.initialize` with resolved settings. `torch.distributed` is initialised already
     (distributed.start).
 
+    engine.activation_checkpointing and engine.compile are passed on to `module.student`.
+
     Args:
         module: usually an `EngineModule`.
         groups: from `parameter_groups`.
-    Raises UserError for settings that do not work, naming file and key.
+
+    Raises:
+        UserError: settings that do not work, naming file and key.
     """
     import deepspeed
     from deepspeed.utils import logger
@@ -305,7 +275,12 @@ def build_engine(
 
     logger.setLevel(logging.WARNING)
     settings = engine_settings(config)
-    optimizer = _optimizer(groups, config.optim, zero_stage(settings))
+    student: Any = getattr(module, "student", module)
+    if config.engine.activation_checkpointing:
+        student.set_activation_checkpointing(True)
+    optimizer = make_optimizer(
+        groups, config.optim, zero_stage(settings), _host_optimizer(settings)
+    )
     try:
         with _quiet_info():
             engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
@@ -315,6 +290,14 @@ def build_engine(
         raise UserError(f"{_find(config.engine)}: {error.title}: {key}: {first['msg']}") from None
     if zero_stage(settings) == 3:
         _register_external(module)
+    if config.engine.precision == "fp16":
+        from train.runtime.loss_scale import bound_loss_scale
+
+        bound_loss_scale(engine.optimizer, config.engine.max_loss_scale)
+    if config.engine.compile != "none":
+        # After the engine has put its hooks and its precision into the model.
+        student.compile_encoders(config.engine.compile)
+        module.replays_graphs = True  # type: ignore[assignment]
     return engine
 
 

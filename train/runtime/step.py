@@ -5,11 +5,12 @@ it.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,8 @@ class EngineModule(nn.Module):
         super().__init__()
         self.student = student
         self._unregistered = (task, teacher)
+        # Compiled passes may replay CUDA graphs, whose outputs live until the next step begins.
+        self.replays_graphs = bool(getattr(teacher, "compiled", False))
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """The task's counts of a batch (`Task.counts`)."""
@@ -59,6 +62,8 @@ class EngineModule(nn.Module):
         backward (the accumulation boundary among it) on tensors it finds in the output, and it does
         not look into dataclasses.
         """
+        if self.replays_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         task, teacher = self._unregistered
         losses = task.losses(self.student, teacher, batch, context)
         return losses.total(), losses
@@ -71,14 +76,18 @@ class StepResult:
     Attributes:
         applied: parameters were updated (on all ranks or on none).
         finite: the total loss was finite on every rank in every micro-batch.
+        spike: a finite micro-batch was above the limit, and the step was skipped.
+        loss: mean total loss over ranks and micro-batches; NaN when not finite.
         samples: text rows of all micro-batches on this rank.
         data_wait: seconds spent waiting for batches.
-        sums, counts: detached sums over finite micro-batches, by "loss.NAME", "weighted.NAME" and
+        sums, counts: detached sums over micro-batches that count, by "loss.NAME", "weighted.NAME" and
             "metrics.NAME"; on the device.
     """
 
     applied: bool = False
     finite: bool = True
+    spike: bool = False
+    loss: float = math.nan
     samples: int = 0
     data_wait: float = 0.0
     grad_norm: float | None = None
@@ -102,17 +111,20 @@ def train_step(
     batches: Iterator[Batch],
     context_of: Callable[[int], StepContext],
     gates: GateStep | None = None,
+    loss_limit: float = math.inf,
 ) -> StepResult:
     """One optimizer step of `engine.gradient_accumulation_steps()` micro-batches.
 
     `context_of(micro)` gives the context of each. All batches are read before the first forward,
     because means are over the counts of the whole step (`Task.counts`): a step holds its
-    micro-batches' inputs. Collective: all ranks call it with the same contexts.
+    micro-batches' inputs. A micro-batch whose total loss, averaged over ranks, is above
+    `loss_limit` or not finite makes all ranks skip the step (in fp16 the loss scale sees an
+    overflow). Collective: all ranks call it with the same contexts and limit.
     """
     result = StepResult()
     micro_steps = engine.gradient_accumulation_steps()
     device = torch.device(engine.device or "cpu")
-    bad = torch.zeros((), device=device)
+    verdicts = torch.zeros(3, device=device)
     step = context_of(0).step
     if gates is not None:
         gates.begin_step(step, context_of(micro_steps).generator)
@@ -120,20 +132,25 @@ def train_step(
     started = time.perf_counter()
     window = deque([next(batches) for _ in range(micro_steps)])
     result.data_wait = time.perf_counter() - started
-    means = mean_counts([engine.module.counts(batch) for batch in window], device)
+    module = cast(EngineModule, engine.module)
+    means = mean_counts([module.counts(batch) for batch in window], device)
     for micro in range(micro_steps):
         batch = window.popleft()
         result.samples += batch.rows
         context = replace(context_of(micro), mean_counts=means)
         total, losses = engine(batch.to(device, non_blocking=True), context)
-        bad_here = _bad_on_any_rank(total)
+        verdict = _verdict(total, loss_limit)
+        bad_here = verdict[:2].sum()
         _accumulate(result, total, losses, bad_here)
-        bad = torch.maximum(bad, bad_here)
+        verdicts += verdict
         # One NaN anywhere makes every gradient NaN everywhere, and DeepSpeed skips such a step on
         # all ranks alike: no rank decides alone, and the flag need not be read before the backward.
         engine.backward(total * torch.where(bad_here > 0, torch.nan, 1.0))
         engine.step()
-    result.finite = bad.item() == 0.0
+    broken, spikes, loss = verdicts.tolist()
+    result.finite, result.spike = broken == 0.0, broken == 0.0 and spikes > 0.0
+    if result.finite:
+        result.loss = loss / micro_steps
     result.applied = bool(engine.was_step_applied())
     result.grad_norm = _grad_norm(engine)
     if gates is not None:
@@ -141,12 +158,19 @@ def train_step(
     return result
 
 
-def _bad_on_any_rank(total: Tensor) -> Tensor:
-    """0-d float on the device: 1 when `total` is not finite on any rank."""
-    bad = (~torch.isfinite(total.detach())).to(torch.float32)
+def _verdict(total: Tensor, limit: float) -> Tensor:
+    """(3,) float32 on the device, the same on all ranks: 1 when `total` is not finite on any rank, 1
+    when its mean is finite and above `limit`, and the mean of the finite ones.
+    """
+    value = total.detach().float()
+    finite = torch.isfinite(value)
+    table = torch.stack([(~finite).float(), torch.where(finite, value, torch.zeros_like(value))])
+    world = 1
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    return bad
+        world = dist.get_world_size()
+        dist.all_reduce(table)
+    broken, mean = (table[0] > 0).float(), table[1] / world
+    return torch.stack([broken, (mean > limit).float() * (1 - broken), mean])
 
 
 def _accumulate(result: StepResult, total: Tensor, losses: Losses, bad: Tensor) -> None:

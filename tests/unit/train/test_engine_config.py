@@ -5,15 +5,19 @@ groups.
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from models import presets
 from train.config import OptimConfig, RunConfig, UserError
-from train.runtime.engine import GuardedAdamW, engine_settings, parameter_groups, zero_stage
+from train.runtime.engine import engine_settings, zero_stage
+from train.runtime.optimizer import GuardedAdamW, make_optimizer, parameter_groups
 
 BASE = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -23,7 +27,7 @@ BASE = {
 }
 
 
-def _config(engine: str, precision: str = "fp32") -> RunConfig:
+def _config(engine: str, precision: str = "fp32", **more: Any) -> RunConfig:
     return RunConfig(
         stage="pretrain",
         task="pretrain",
@@ -31,7 +35,7 @@ def _config(engine: str, precision: str = "fp32") -> RunConfig:
         data={"train": "t", "batch": 12},
         model="m",
         optim={"clip": 0.7},
-        engine={"config": engine, "precision": precision, "accumulate": 3},
+        engine={"config": engine, "precision": precision, "accumulate": 3} | more,
     )
 
 
@@ -88,6 +92,88 @@ def test_fp16_needs_zero_1(tmp_path: Path) -> None:
         _settings(tmp_path, {"zero_optimization": {"stage": 0}}, "fp16")
 
 
+@pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload"])
+def test_shipped_offload_files_pin_memory_for_gpus_only(name: str, monkeypatch) -> None:
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        zero = engine_settings(_config(name))["zero_optimization"]
+        assert (zero["offload_optimizer"]["device"], zero["offload_optimizer"]["pin_memory"]) == (
+            "cpu",
+            gpu,
+        )
+        assert ("offload_param" in zero) is (name == "zero3_offload")
+
+
+@pytest.mark.parametrize(
+    ("engine", "offload", "blocks"),
+    [
+        ("zero1", "optimizer", {"offload_optimizer"}),
+        ("zero3", "optimizer", {"offload_optimizer"}),
+        ("zero3", "parameters", {"offload_optimizer", "offload_param"}),
+        ("zero2", "none", set()),
+        ("zero2_offload", "none", {"offload_optimizer"}),
+    ],
+)
+def test_offloading_adds_its_blocks(engine: str, offload: str, blocks: set[str]) -> None:
+    settings = engine_settings(_config(engine, offload=offload))
+    zero = settings["zero_optimization"]
+    assert {key for key in zero if key.startswith("offload")} == blocks
+    assert all(zero[block]["device"] == "cpu" for block in blocks)
+    assert settings["zero_force_ds_cpu_optimizer"] is False
+
+
+@pytest.mark.parametrize(
+    ("engine", "offload", "remedy"),
+    [("zero0", "optimizer", "zero2"), ("zero2", "parameters", "zero3")],
+)
+def test_offloading_below_its_stage_is_refused(engine: str, offload: str, remedy: str) -> None:
+    with pytest.raises(UserError, match=f"engine.offload={offload}.*engine.config={remedy}"):
+        engine_settings(_config(engine, offload=offload))
+
+
+def test_a_file_that_offloads_at_stage_0_is_refused(tmp_path: Path) -> None:
+    zero = {"stage": 0, "offload_optimizer": {"device": "cpu"}}
+    with pytest.raises(UserError, match="ds.json: zero_optimization.offload_optimizer"):
+        _settings(tmp_path, {"zero_optimization": zero})
+
+
+def test_the_published_loss_scale() -> None:
+    assert engine_settings(_config("zero1", "fp16"))["fp16"]["initial_scale_power"] == 16
+    bounded = engine_settings(_config("zero1", "fp16", max_loss_scale=1024))["fp16"]
+    assert (bounded["initial_scale_power"], bounded["min_loss_scale"]) == (10, 1)
+    with pytest.raises(UserError, match="power of two"):
+        engine_settings(_config("zero1", "fp16", max_loss_scale=1000))
+    with pytest.raises(UserError, match="engine.precision=fp16"):
+        engine_settings(_config("zero1", "bf16", max_loss_scale=1024))
+
+
+def test_the_loss_scale_stays_within_its_bounds(monkeypatch) -> None:
+    from deepspeed.runtime.fp16 import loss_scaler
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    from train.runtime.loss_scale import bound_loss_scale
+
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)  # there is no group here
+
+    def scaler() -> Any:
+        return DynamicLossScaler(2.0**10, 1, 1, 1, False)
+
+    free, bounded = scaler(), scaler()
+    bound_loss_scale(SimpleNamespace(loss_scaler=free), 0)
+    bound_loss_scale(SimpleNamespace(loss_scaler=bounded), 1024.0)
+    for _ in range(5):
+        free.update_scale(False)
+        bounded.update_scale(False)
+    assert (free.cur_scale, bounded.cur_scale) == (2.0**14, 2.0**10)
+    restored = pickle.loads(pickle.dumps(bounded))  # as in a checkpoint
+    for _ in range(14):
+        restored.update_scale(True)  # does not raise at the lower end
+    assert restored.cur_scale == 1.0
+    for _ in range(30):
+        restored.update_scale(False)
+    assert restored.cur_scale == 2.0**10
+
+
 def test_a_missing_file_names_the_shipped_ones() -> None:
     with pytest.raises(FileNotFoundError, match="zero1.*did you mean"):
         engine_settings(_config("zero11"))
@@ -131,6 +217,36 @@ def test_empty_groups_are_left_out_and_unknown_modules_refused() -> None:
     ]
     with pytest.raises(ValueError, match="heda"):
         parameter_groups(_Student(), {"heda"}, OptimConfig())
+
+
+def test_the_published_rule_decays_what_its_names_miss() -> None:
+    student = presets.create("blocksworld-micro-student")
+    names = {id(p): name for name, p in student.named_parameters()}
+
+    def decaying(published: bool) -> set[str]:
+        groups = parameter_groups(student, set(), OptimConfig(published_decay=published))
+        return {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+
+    ours = decaying(False)
+    assert all(student.get_parameter(name).ndim > 1 for name in ours)
+    more = decaying(True) - ours
+    assert decaying(True) >= ours and len(more) == 3
+    assert {name.split(".")[0] for name in more} == {"itm_head", "bbox_head", "contrastive"}
+    assert not any(name.endswith("bias") for name in more)
+
+
+def test_without_a_compiler_torch_updates_the_offloaded_states(monkeypatch, caplog) -> None:
+    import deepspeed.ops.op_builder
+
+    class Broken:
+        def load(self, verbose: bool) -> None:
+            raise RuntimeError("ninja\nc++: command not found")
+
+    monkeypatch.setattr(deepspeed.ops.op_builder, "CPUAdamBuilder", Broken, raising=False)
+    groups = [{"params": [nn.Parameter(torch.ones(2))], "weight_decay": 0.1}]
+    optimizer = make_optimizer(groups, OptimConfig(), stage=2, on_host=True)
+    assert type(optimizer) is torch.optim.AdamW
+    assert "cpu_adam cannot be compiled (c++: command not found)" in caplog.text
 
 
 def test_guarded_adamw_clips_like_torch_and_skips_non_finite_gradients() -> None:
