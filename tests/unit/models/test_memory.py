@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError
 
 from models import presets
 from models.config import ModelConfig
+from models.generation import GenerationSettings, generate
 from models.layers import BertLayer, ViTBlock
 from models.outputs import AttentionTrace, Capture, EncoderOutput
 from models.xvlm import XVLM, DecoderOutput
@@ -205,3 +208,67 @@ def forward_only(model: XVLM) -> Tensor:
         return model.decode(ids, mask, states[:2], None).last
     fused = model.multimodal(ids, mask, states[:2]).last
     return model.decode(ids, mask, fused, mask).last if model.config.form == "vqa" else fused
+
+
+class Maps(TorchDispatchMode):
+    """Counts attention kernels, and collects what looks like an attention map.
+
+    The functional attention is one kernel where it need not write the map; where it must, torch
+    takes it apart into products and a softmax, which are seen here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = 0
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func)
+        if "flash_attention" in name or "efficient_attention" in name:
+            self.kernels += "backward" not in name
+            return result
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 2:
+                # (..., heads, queries, keys); a causal mask with padding has one entry for all heads
+                heads, queries, keys = value.shape[-3:]
+                if heads > 1 and queries > 1 and keys in (TEXT, PATCHES):
+                    self.found.append(f"{name} {tuple(value.shape)}")
+        return result
+
+
+TEXT, PATCHES = 9, 37  # tokens; no width is equal to one of them
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("form", ["pretrain", "vqa", "nlvr2", "captioning"])
+def test_no_path_writes_an_attention_map(form, backward):
+    """Vision with and without regions, text, cross-attention, pairs, both decoders; traces too."""
+    model = XVLM(config(form, dropout=0.0)).train(backward)
+    attentions = {"pretrain": 4 + 2 + 2 * 2, "vqa": 4 + 2 + 2 * 2 * 2, "nlvr2": 4 + 2 + 4 * 2}
+    with torch.set_grad_enabled(backward), Maps() as maps:
+        loss = loss_of(model)
+        if backward:
+            loss.backward()
+    assert maps.found == []
+    assert maps.kernels == attentions.get(form, 4 + 2 + 2 * 2)
+
+
+def test_a_written_map_would_be_seen():
+    q, k = torch.randn(2, 2, TEXT, 16), torch.randn(2, 2, PATCHES, 16)
+    with Maps() as maps:
+        (q @ k.mT).softmax(-1)
+    assert len(maps.found) >= 2 and maps.kernels == 0
+
+
+def test_generation_writes_no_attention_map():
+    model = XVLM(config("captioning")).eval()
+    settings = GenerationSettings(end_id=2, beams=3, max_length=TEXT)
+    with torch.no_grad(), Maps() as maps:
+        generate(
+            model,
+            torch.tensor([[1, 5, 6], [1, 7, 8]]),
+            torch.randn(2, PATCHES, 32),
+            settings=settings,
+        )
+    assert maps.found == [] and maps.kernels >= 6
