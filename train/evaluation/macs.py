@@ -29,6 +29,13 @@ def count_macs(
     text, fusion = text_macs(config, text_tokens, 1 + side**2)
     decoder = decoder_macs(config, 1, text_tokens)
     decoder += top_k * decoder_macs(config, answer_tokens, text_tokens)
+    decoder -= (top_k - 1) * _question_keys(config, text_tokens)
     costs = (vision_macs(config, resolution), text, fusion, decoder)
     result = dict(zip(PARTS, costs, strict=True))
     return result | {"total": sum(result.values())}
+
+
+def _question_keys(config: ModelConfig, text_tokens: int) -> int:
+    """Keys and values of a question in all decoder layers; its candidates share them."""
+    inner = sum(config.decoder.cross_heads if config.decoder else ()) * config.text.head_dim
+    return 2 * text_tokens * config.text.width * inner

@@ -28,6 +28,7 @@ __all__ = [
     "evaluate_batch",
     "normalise",
     "rank_answers",
+    "rank_states",
     "vqa_score",
 ]
 
@@ -104,7 +105,7 @@ def _find_answers(source: Path) -> Path:
 def _sequence_log_likelihood(
     model: XVLM, ids: Tensor, mask: Tensor, states: Tensor, seen: Tensor
 ) -> Tensor:
-    """(R,) log p of tokens 1.. of each of R rows, given the question states (R, L, D)."""
+    """(R,) log p of tokens 1.. of each of R rows; each of C question states (C, L, D) serves R / C."""
     inputs, targets = ids[:, :-1], ids[:, 1:]
     wanted = mask[:, 1:]
     logits = model.decode(inputs, mask[:, :-1], states, seen).logits
@@ -119,37 +120,51 @@ def _sequence_log_likelihood(
 def rank_answers(
     model: XVLM, batch: VqaBatch, answers: AnswerList, top_k: int = 128, published: bool = False
 ) -> Tensor:
-    """(B,) int64 index into `answers` of the most likely answer of each question.
+    """(B,) int64 index into `answers` of the most likely answer of each question, see `rank_states`.
+
+    Images are encoded once each, whatever the number of questions.
+    """
+    images = model.encode_image(batch.images).last
+    states = model.multimodal(
+        batch.question_ids, batch.question_mask, images[batch.image_index], None
+    ).last
+    return rank_states(model, states, batch.question_mask, answers, top_k, published)
+
+
+def rank_states(
+    model: XVLM,
+    states: Tensor,
+    mask: Tensor,
+    answers: AnswerList,
+    top_k: int = 128,
+    published: bool = False,
+) -> Tensor:
+    """(B,) int64 index into `answers`, for questions after fusion: states (B, L, D), mask (B, L).
 
     The first token's probability selects `top_k` candidates, their whole sequences are then
     compared (EfficientVLM's VQA evaluation, after ALBEF). `published` adds log p(first token) a
-    second time to each candidate, as the reference does. Images are encoded once each, whatever the
-    number of questions.
+    second time to each candidate, as the reference does. The candidates of a question share its
+    keys and values.
     """
-    images = model.encode_image(batch.images).last
-    fused = model.multimodal(
-        batch.question_ids, batch.question_mask, images[batch.image_index], None
-    ).last
-    rows, keep = fused.shape[0], min(top_k, len(answers))
+    rows, keep = states.shape[0], min(top_k, len(answers))
     start = answers.ids[:1, :1].expand(rows, 1)
-    first = model.decode(
-        start, torch.ones_like(start, dtype=torch.bool), fused, batch.question_mask
-    ).logits
+    first = model.decode(start, None, states, mask).logits
     first_log_p = first[:, 0].float().log_softmax(-1)[:, answers.ids[:, 1]]
     scores, chosen = first_log_p.topk(keep, dim=1)
 
     candidates = chosen.flatten()
     length = int(answers.mask[candidates].sum(1).max())
-    ids, mask = answers.ids[candidates, :length], answers.mask[candidates, :length]
-    vocabulary = first.shape[-1]
-    chunk = max(keep, _MAX_LOGITS // (length * vocabulary) // keep * keep)
+    ids, seen = answers.ids[candidates, :length], answers.mask[candidates, :length]
+    questions = max(1, _MAX_LOGITS // (length * first.shape[-1] * keep))  # in one call
     parts = []
-    for begin in range(0, rows * keep, chunk):
-        span = slice(begin, begin + chunk)
-        questions = slice(begin // keep, (begin + chunk) // keep)
-        states = fused[questions].repeat_interleave(keep, 0)
-        seen = batch.question_mask[questions].repeat_interleave(keep, 0)
-        parts.append(_sequence_log_likelihood(model, ids[span], mask[span], states, seen))
+    for begin in range(0, rows, questions):
+        asked, span = (
+            slice(begin, begin + questions),
+            slice(begin * keep, (begin + questions) * keep),
+        )
+        parts.append(
+            _sequence_log_likelihood(model, ids[span], seen[span], states[asked], mask[asked])
+        )
     likelihood = torch.cat(parts).view(rows, keep)
     if published:
         likelihood = likelihood + scores
