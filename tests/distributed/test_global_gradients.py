@@ -28,7 +28,6 @@ from train.tasks.pretrain import PretrainTask
 from train.tasks.vqa import VqaTask
 
 VOCABULARY, TOKENS, ROWS, IMAGES, SLOTS = 40, 7, 8, 4, 3
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 KD = {
     "published": KdConfig(),
     "everything": KdConfig(contrastive=0.7, cross_attention=True, attention="kl", temperature=2.0),
@@ -169,17 +168,21 @@ def one_step(kind: str, kd: str, micro: int = 1) -> dict[str, Tensor]:
     return values
 
 
+def _close(name: str, found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(
+        found, wanted, rtol=1e-6, atol=1e-6, msg=lambda text: f"{name}: {text}"
+    )
+
+
 def _compare(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+        _close(name, found[name], value)
 
 
 CASES = [
-    ("general", "published"),
     ("general", "everything"),
     ("region", "published"),
-    ("region", "everything"),
     ("region", "scores"),
     ("vqa", "everything"),
 ]
@@ -204,7 +207,7 @@ def test_ranks_give_the_losses_and_gradients_of_one_process(
             _compare(found, wanted)
 
 
-@pytest.mark.parametrize("case", [2, 5], ids=["region", "vqa"])
+@pytest.mark.parametrize("case", [1, 3], ids=["region", "vqa"])
 @pytest.mark.parametrize("micro", [2, 4])
 def test_accumulation_gives_the_unaccumulated_losses_where_they_are_defined(
     case: int, micro: int, alone: list[dict[str, Tensor]]
@@ -215,8 +218,6 @@ def test_accumulation_gives_the_unaccumulated_losses_where_they_are_defined(
         section, _, term = name.partition(".")
         of_micro_batch = kind == "region" and term in OF_A_MICRO_BATCH
         if section in ("loss", "weighted") and not of_micro_batch:
-            torch.testing.assert_close(
-                found[name], value, **CLOSE, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            _close(name, found[name], value)
     if kind == "vqa":  # no term is of a micro-batch, so the gradients are equal, too
         _compare(found, alone[case])

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.outputs import AttentionTrace
-from train.losses.attention import attention_kl, attention_kl_reference, log_normalisers
+from train.losses.attention import (
+    attention_kl,
+    attention_kl_reference,
+    attention_mse,
+    log_normalisers,
+)
 from train.losses.attention_algebra import kl_by_attention, scores_mse, scores_mse_reference
 
 
@@ -46,6 +54,37 @@ def same(one, two, **tolerance):
         torch.testing.assert_close(a, b, **tolerance)
 
 
+def _scores(trace, b, h, i):
+    """The scores of one query with the keys it sees."""
+    keys = [n for n in range(trace.k.shape[2]) if trace.key_mask is None or trace.key_mask[b, n]]
+    return [
+        trace.scale * sum(x * y for x, y in zip(trace.q[b, h, i].tolist(), k, strict=True))
+        for k in (trace.k[b, h, n].tolist() for n in keys)
+    ]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    sizes=st.tuples(*(st.integers(1, 3) for _ in range(3)), st.integers(1, 4)),
+    masked=st.booleans(),
+)
+def test_every_distance_by_loops(seed, sizes, masked):
+    student, teacher = traces(seed, sizes=sizes, dims=(2, 3), masked=masked)
+    rows, heads, queries, _ = sizes
+    squares = kl = raw = 0.0
+    for b, h, i in product(range(rows), range(heads), range(queries)):
+        ours, theirs = _scores(student, b, h, i), _scores(teacher, b, h, i)
+        p, t = ([math.exp(x - max(row)) for x in row] for row in (ours, theirs))
+        p, t = ([x / sum(row) for x in row] for row in (p, t))
+        squares += sum((x - y) ** 2 for x, y in zip(p, t, strict=True))  # hidden keys differ by 0
+        kl += sum(y * math.log(y / x) for x, y in zip(p, t, strict=True))
+        raw += sum((x - y) ** 2 for x, y in zip(ours, theirs, strict=True)) / len(ours)
+    count = rows * heads * queries
+    found = [loss(student, teacher).item() for loss in (attention_mse, attention_kl, scores_mse)]
+    assert found == pytest.approx([squares / count, kl / count, raw / count], rel=1e-9, abs=1e-12)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 1000),
@@ -77,6 +116,7 @@ def test_gram_form_keeps_its_precision_near_the_teacher():
 
 def test_gram_form_counts_visible_keys_only_and_refuses_causal_maps():
     student, teacher = traces(1, masked=True)
+    assert student.key_mask is not None
     hidden = ~student.key_mask
     assert hidden.any()
     moved = AttentionTrace(
@@ -108,6 +148,7 @@ def test_kl_by_attention_is_the_kl_of_the_maps(seed, sizes, dims, masked, causal
 
 def test_a_query_without_a_key_adds_nothing():
     student, teacher = traces(3, masked=True)
+    assert student.key_mask is not None
     student.key_mask[1] = False
     one = with_gradients(kl_by_attention(student, teacher), student)
     same(one, with_gradients(attention_kl(student, teacher), student))
@@ -116,6 +157,7 @@ def test_a_query_without_a_key_adds_nothing():
 
 def test_normalisers_are_streamed_in_any_chunks():
     student, _ = traces(4, masked=True)
+    assert student.key_mask is not None
     whole = log_normalisers(student)
     for chunk in (1, 7, 50):
         torch.testing.assert_close(log_normalisers(student, chunk), whole)

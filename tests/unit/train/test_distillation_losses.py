@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -18,6 +19,7 @@ from models import presets
 from models.config import ModelConfig
 from models.outputs import AttentionTrace, EncoderOutput
 from train.config import KdConfig
+from train.losses.attention_algebra import kl_by_attention, scores_mse
 from train.losses.distillation import (
     attention_kl,
     attention_kl_reference,
@@ -27,10 +29,12 @@ from train.losses.distillation import (
     attention_sum,
     capture_for_student,
     capture_for_teacher,
+    contrastive_kl,
     hidden_mse,
     layer_pairs,
     logits_kl,
 )
+from train.losses.vl import Similarities
 from train.tasks.kd import hidden_projections, pass_terms, stack_pairs
 
 STREAMED = {
@@ -155,6 +159,17 @@ def test_what_may_not_differ(changes: dict[str, Any], kd: dict[str, Any], messag
         stack_pairs(KdConfig(**kd), _config(**changes), _teacher())
 
 
+@pytest.mark.parametrize("form", ["vqa", "captioning"])
+def test_scores_of_a_decoder_are_refused_before_the_first_step(form: str) -> None:
+    pair = (_config(form=form), _teacher(form=form))
+    with pytest.raises(
+        ValueError, match=r"kd\.attention=scores .* use kd\.attention=probabilities or kl"
+    ):
+        stack_pairs(KdConfig(attention="scores"), *pair)
+    stack_pairs(KdConfig(attention="kl"), *pair)
+    stack_pairs(KdConfig(attention="scores"), _config(), _teacher())
+
+
 def test_heads_may_differ_where_no_map_is_compared() -> None:
     other = _config(vision={"heads": (2, 2)}, text={"cross_heads": (2,)})
     stack_pairs(KdConfig(attention="none"), other, _teacher())
@@ -166,7 +181,7 @@ def test_projections_exist_where_widths_differ() -> None:
     assert not hidden_projections(_config(), _teacher())
     wide = _teacher(form="vqa", **{"vision.width": 64, "text.width": 48})
     found = hidden_projections(_config(form="vqa"), wide)
-    shapes = {name: tuple(part.weight.shape) for name, part in found.items()}
+    shapes = {name: tuple(part.state_dict()["weight"].shape) for name, part in found.items()}
     assert shapes == {"vision": (64, 32), "text": (48, 32), "decoder": (48, 32)}
     assert set(hidden_projections(_config(), _teacher(**{"text.width": 48}))) == {"text"}
     states = torch.randn(5, 32)  # an isometry at first
@@ -179,20 +194,20 @@ def test_projected_states_are_compared_and_the_projection_learns() -> None:
     project = torch.nn.Linear(4, 6)
     student = {i: torch.randn(2, 3, 4, requires_grad=True) for i in range(2)}
     teacher = {i: torch.randn(2, 3, 6) for i in (0, 2)}
-    outputs = [
+    ours, theirs = (
         EncoderOutput(last=states[max(states)], hidden=states) for states in (student, teacher)
-    ]
+    )
     kd = KdConfig(attention="none")
-    loss = pass_terms(kd, *outputs, pairs, project=project)["hidden"]
+    loss = pass_terms(kd, ours, theirs, pairs, project=project)["hidden"]
     expected = sum(F.mse_loss(project(student[i]), teacher[2 * i]) for i in range(2))
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert project.weight.grad is not None and student[1].grad is not None
     optimizer = torch.optim.SGD(project.parameters(), lr=0.1)
     optimizer.step()
-    assert pass_terms(kd, *outputs, pairs, project=project)["hidden"] < loss
+    assert pass_terms(kd, ours, theirs, pairs, project=project)["hidden"] < loss
     with pytest.raises(ValueError, match="equal widths or a projection"):
-        pass_terms(kd, *outputs, pairs)
+        pass_terms(kd, ours, theirs, pairs)
 
 
 def test_captures() -> None:
@@ -370,29 +385,74 @@ def test_cut_heads_are_refused() -> None:
         attention_mse(cut, teacher)
 
 
-def test_sum_over_pairs() -> None:
-    student, teacher = _traces(masked=False, causal=False)
+@pytest.mark.parametrize(
+    ("kind", "one"),
+    [("probabilities", attention_mse), ("kl", attention_kl), ("scores", scores_mse)],
+)
+def test_sum_over_pairs(kind: Any, one: Any) -> None:
+    student, teacher = _traces(masked=True, causal=False)
     total = attention_sum(
-        {0: student, 1: teacher}, {1: teacher, 3: student}, ((0, 1), (1, 3)), "kl"
+        {0: student, 1: teacher}, {1: teacher, 3: student}, ((0, 1), (1, 3)), kind
     )
-    torch.testing.assert_close(
-        total, attention_kl(student, teacher) + attention_kl(teacher, student)
-    )
+    torch.testing.assert_close(total, one(student, teacher) + one(teacher, student))
+
+
+@pytest.mark.parametrize("eps", [1.0, 0.02])
+def test_kl_by_attention_of_half_inputs_is_as_good_as_streamed(eps: float) -> None:
+    """Near agreement, attention in bfloat16 would lose a third of the gradient."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(2, 1, 2, 9, 8, generator=generator)
+    moved = base + eps * torch.randn(2, 1, 2, 9, 8, generator=generator)
+    pairs = []
+    for dtype in (torch.bfloat16, torch.float64):
+        (tq, tk), (q, k) = (x.bfloat16().to(dtype).unbind(0) for x in (base, moved))
+        pairs.append((_leaves(AttentionTrace(q, k, 0.35)), AttentionTrace(tq, tk, 0.35)))
+    (half, theirs), (exact, wide) = pairs
+    loss, wanted = kl_by_attention(half, theirs), attention_kl_reference(exact, wide)
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-3, atol=0)
+    loss.backward()
+    wanted.backward()
+    for ours, true in ((half.q.grad, exact.q.grad), (half.k.grad, exact.k.grad)):
+        assert ours is not None and ours.dtype == torch.bfloat16 and true is not None
+        assert (ours.double() - true).norm() < 0.01 * true.norm()
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 999))
+@settings(max_examples=20, deadline=None)
+def test_hidden_states_by_loops(rows: int, tokens: int, width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ours, theirs = torch.randn(2, rows, tokens, width, generator=generator, dtype=torch.float64)
+    total = 0.0
+    for b, n, d in product(range(rows), range(tokens), range(width)):
+        total += float(ours[b, n, d] - theirs[b, n, d]) ** 2
+    loss = hidden_mse({0: ours}, {0: theirs}, layer_pairs(0, 0))
+    assert loss.item() == pytest.approx(total / (rows * tokens * width), rel=1e-9)
+
+
+@given(st.integers(1, 4), st.integers(0, 999), st.sampled_from([1.0, 3.0]))
+@settings(max_examples=20, deadline=None)
+def test_similarities_by_loops(rows: int, seed: int, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tables = torch.randn(4, rows, rows + 1, generator=generator, dtype=torch.float64)
+    total = 0.0
+    for ours, theirs in ((tables[0], tables[2]), (tables[1], tables[3])):
+        for b in range(rows):
+            p, t = (x[b].div(temperature).exp() for x in (ours, theirs))
+            p, t = (p / p.sum()).tolist(), (t / t.sum()).tolist()
+            total += sum(y * math.log(y / x) for x, y in zip(p, t, strict=True))
+    student, teacher = Similarities(tables[0], tables[1]), Similarities(tables[2], tables[3])
+    loss = contrastive_kl(student, teacher, temperature)
+    assert loss.item() == pytest.approx(total / (2 * rows), rel=1e-9, abs=1e-12)
 
 
 def test_logits_kl() -> None:
     torch.manual_seed(0)
     student = torch.randn(2, 3, 5, requires_grad=True)
     teacher = torch.randn(2, 3, 5, requires_grad=True)
-    rows = [
-        sum(
-            t * (t.log() - s.log())
-            for t, s in zip(
-                teacher[i, j].div(2).softmax(0), student[i, j].div(2).softmax(0), strict=True
-            )
-        )
-        for i, j in product(range(2), range(3))
-    ]
+    rows = []
+    for i, j in product(range(2), range(3)):
+        t, s = teacher[i, j].div(2).softmax(0), student[i, j].div(2).softmax(0)
+        rows.append(torch.stack([t[c] * (t[c].log() - s[c].log()) for c in range(5)]).sum())
     torch.testing.assert_close(logits_kl(student, teacher, 2.0), torch.stack(rows).mean())
     mask = torch.tensor([[True, False, False], [False, True, False]])
     torch.testing.assert_close(logits_kl(student, teacher, 2.0, mask), (rows[0] + rows[4]) / 2)

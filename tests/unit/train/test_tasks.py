@@ -4,6 +4,8 @@ add up.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -103,6 +105,78 @@ def test_every_parameter_gets_a_gradient_in_every_kind_of_step(region, distil):
     ).total().backward()
     missing = [name for name, parameter in student.named_parameters() if parameter.grad is None]
     assert missing == []
+
+
+@pytest.mark.parametrize("kind", ["probabilities", "kl", "scores", "none"])
+def test_every_kind_of_attention_trains_every_parameter(kind):
+    student = model("blocksworld-micro-student", "pretrain")
+    teacher = frozen(model("blocksworld-micro-teacher", "pretrain", 1))
+    kd = KdConfig(attention=kind, cross_attention=True)
+    task = PretrainTask({}, kd, student.config, teacher.model.config)
+    losses = task.losses(student, teacher, pretrain_batch(student.config, True), context())
+    losses.total().backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+    maps = {name for name in losses.terms if "attention" in name}
+    assert maps == (
+        set()
+        if kind == "none"
+        else {
+            "kd_image_attention",
+            "kd_text_attention",
+            "kd_fusion_attention",
+            "kd_fusion_cross_attention",
+        }
+    )
+
+
+def test_similarities_are_distilled_when_they_weigh_something():
+    student = model("blocksworld-micro-student", "pretrain").eval()
+    teacher = frozen(model("blocksworld-micro-teacher", "pretrain", 1))
+
+    def run(weight: float, target: Teacher) -> Losses:
+        kd = KdConfig(contrastive=weight)
+        task = PretrainTask({}, kd, student.config, target.model.config)
+        return task.losses(student, target, pretrain_batch(student.config), context())
+
+    assert "kd_itc" not in run(0.0, teacher).terms
+    losses = run(0.5, teacher)
+    assert losses.weights["kd_itc"] == pytest.approx(0.4 * 0.5)
+    assert losses.terms["kd_itc"] > 1e-4
+    twin = frozen(model("blocksworld-micro-student", "pretrain"))
+    assert run(0.5, twin).terms["kd_itc"].item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_terms_are_logged_raw_and_weighted():
+    values = Losses(
+        {"a": torch.tensor(2.0, requires_grad=True), "b": torch.tensor(3.0)},
+        {"a": 0.5, "b": 0.0},
+        {"accuracy": torch.tensor(0.25)},
+    ).logged()
+    assert {name: value.item() for name, value in values.items()} == {
+        "loss.a": 2.0,
+        "loss.b": 3.0,
+        "weighted.a": 1.0,
+        "weighted.b": 0.0,
+        "metrics.accuracy": 0.25,
+    }
+    assert not any(value.requires_grad for value in values.values())
+
+
+def test_means_are_weighed_by_the_counts_of_the_whole_step():
+    """3 of the 4 region rows of this batch are regions, 4 slots are masked; the step's mean is
+    twice that.
+    """
+    student = model("blocksworld-micro-student", "pretrain").eval()
+    task = PretrainTask({}, KdConfig(), student.config, None)
+    batch = pretrain_batch(student.config, True)
+    counts = {name: count.item() for name, count in task.counts(batch).items()}
+    assert counts == {"mlm": ROWS, "boxes": 3}
+    alone = task.losses(student, None, batch, context())
+    twice = {name: 2 * torch.tensor(float(count)) for name, count in counts.items()}
+    shared = task.losses(student, None, batch, replace(context(), mean_counts=twice))
+    for name, term in alone.terms.items():
+        factor = 0.5 if name in ("mlm", "box_l1", "box_giou") else 1.0
+        torch.testing.assert_close(shared.terms[name], factor * term)
 
 
 def test_every_vqa_parameter_gets_a_gradient():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from train.losses.vl import (
     generalized_iou,
     hard_negatives,
     matching_labels,
+    matching_loss,
     mlm_loss,
     negative_weights,
     same_pairs,
@@ -44,6 +47,40 @@ def test_contrastive_is_symmetric_cross_entropy() -> None:
     torch.testing.assert_close(similarities.image_to_text, logits)
     loss.backward()
     assert temperature.grad is not None and temperature.grad.shape == (1,)
+
+
+def _cross_entropy(row: list[float], share: list[float]) -> float:
+    """- sum_c share_c log softmax(row)_c, by loops."""
+    total = math.log(sum(math.exp(x) for x in row))
+    return -sum(s * (x - total) for x, s in zip(row, share, strict=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    groups=st.lists(st.integers(0, 3), min_size=1, max_size=6),
+    seed=st.integers(0, 999),
+    temperature=st.floats(0.05, 2.0),
+)
+def test_contrastive_by_loops(groups: list[int], seed: int, temperature: float) -> None:
+    rows = range(len(groups))
+    image, text = (x.double() for x in _features(len(groups), seed))
+    wanted = plain = 0.0
+    for mine, other in ((image, text), (text, image)):
+        for i in rows:
+            row = [
+                sum(float(a) * float(b) for a, b in zip(mine[i], other[j], strict=True))
+                / temperature
+                for j in rows
+            ]
+            equal = [float(groups[i] == groups[j]) for j in rows]
+            wanted += _cross_entropy(row, [e / sum(equal) for e in equal])
+            plain += _cross_entropy(row, [float(i == j) for j in rows])
+    scale = 2 * len(groups)
+    grouped, _ = contrastive_loss(image, text, temperature, groups=torch.tensor(groups))
+    assert grouped.item() == pytest.approx(wanted / scale, rel=1e-9)
+    assert contrastive_loss(image, text, temperature)[0].item() == pytest.approx(
+        plain / scale, rel=1e-9
+    )
 
 
 def test_published_scaling_changes_nothing_on_one_rank() -> None:
@@ -154,6 +191,32 @@ def test_mlm_ignores_unused_slots_and_is_zero_without_any() -> None:
     assert logits.grad is not None and (logits.grad == 0).all()
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    labels=st.lists(
+        st.lists(st.sampled_from([-100, 0, 3, 6]), min_size=3, max_size=3), min_size=1, max_size=4
+    ),
+    seed=st.integers(0, 999),
+)
+def test_mlm_and_matching_by_loops(labels: list[list[int]], seed: int) -> None:
+    generator = _generator(seed)
+    logits = torch.randn(len(labels), 3, 7, generator=generator, dtype=torch.float64)
+    found = [
+        _cross_entropy(logits[b, m].tolist(), [float(c == label) for c in range(7)])
+        for b, row in enumerate(labels)
+        for m, label in enumerate(row)
+        if label != -100
+    ]
+    wanted = sum(found) / max(1, len(found))
+    assert mlm_loss(logits, torch.tensor(labels)).item() == pytest.approx(wanted, rel=1e-9)
+
+    rows = len(labels)
+    pairs = torch.randn(3 * rows, 2, generator=generator, dtype=torch.float64)
+    each = [_cross_entropy(pairs[i].tolist(), [i >= rows, i < rows]) for i in range(3 * rows)]
+    loss = matching_loss(pairs, matching_labels(rows))
+    assert loss.item() == pytest.approx(sum(each) / len(each), rel=1e-9)
+
+
 def test_giou_by_hand() -> None:
     a = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]])
     b = torch.tensor([[1.0, 1.0, 3.0, 3.0], [0.0, 0.0, 1.0, 1.0], [2.0, 0.0, 3.0, 1.0]])
@@ -185,6 +248,71 @@ def test_boxes_of_size_zero_are_finite() -> None:
     l1, giou = box_losses(pred, pred.detach().clone(), torch.tensor([True]))
     (l1 + giou).backward()
     assert torch.isfinite(giou) and pred.grad is not None and torch.isfinite(pred.grad).all()
+
+
+def _box_loops(pred: list[float], target: list[float]) -> tuple[float, float | None]:
+    """L1 and 1 - GIoU of (cx, cy, w, h); None for a box of negative size."""
+    l1 = sum(abs(a - b) for a, b in zip(pred, target, strict=True))
+    if min(pred[2], pred[3], target[2], target[3]) < 0:
+        return l1, None
+    inner = hull = 1.0
+    for axis in (0, 1):
+        low = [box[axis] - box[axis + 2] / 2 for box in (pred, target)]
+        high = [box[axis] + box[axis + 2] / 2 for box in (pred, target)]
+        inner *= max(0.0, min(high) - max(low))
+        hull *= max(high) - min(low)
+    union = pred[2] * pred[3] + target[2] * target[3] - inner
+    return l1, 1 - (inner / union - (hull - union) / hull)
+
+
+# Sizes a loop can divide by; the tests below take the others.
+_SIZE = st.one_of(st.floats(0.01, 1.0), st.floats(-0.5, -0.01))
+_BOX = st.tuples(st.floats(0, 1), st.floats(0, 1), _SIZE, _SIZE)
+_GOOD = st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0.01, 1), st.floats(0.01, 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(_GOOD, _BOX, st.booleans()), min_size=1, max_size=5))
+def test_boxes_by_loops(rows: list[tuple[tuple[float, ...], tuple[float, ...], bool]]) -> None:
+    """Also batches without a region row, and those whose boxes are all broken."""
+    found = [_box_loops(list(pred), list(target)) for pred, target, _ in rows]
+    regions = [pair for pair, (_, _, region) in zip(found, rows, strict=True) if region]
+    count = max(1, len(regions))
+    pred = torch.tensor([row[0] for row in rows], dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([row[1] for row in rows], dtype=torch.float64)
+    l1, giou = box_losses(pred, target, torch.tensor([row[2] for row in rows]))
+    assert l1.item() == pytest.approx(sum(a for a, _ in regions) / count, abs=1e-9)
+    wanted = sum(b for _, b in regions if b is not None) / count
+    assert giou.item() == pytest.approx(wanted, abs=1e-7)
+    (l1 + giou).backward()
+    assert pred.grad is not None and torch.isfinite(pred.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@settings(max_examples=40, deadline=None)
+@given(
+    logits=st.lists(st.sampled_from([-80.0, -17.0, -9.0, 0.0, 9.0, 80.0]), min_size=8, max_size=8),
+    sizes=st.lists(st.sampled_from([-0.2, 0.0, 1e-6, 0.5, 1.0]), min_size=4, max_size=4),
+)
+def test_gradients_of_degenerate_boxes_fit_half_precision_under_a_loss_scale(
+    dtype: torch.dtype, logits: list[float], sizes: list[float]
+) -> None:
+    """Predicted sizes down to sigmoid(-80), targets of negative, zero and tiny size."""
+    leaf = torch.tensor(logits, dtype=dtype).view(2, 4).requires_grad_()
+    target = torch.tensor([[0.5, 0.5, *sizes[:2]], [0.5, 0.5, *sizes[2:]]])
+    l1, giou = box_losses(leaf.float().sigmoid(), target, torch.tensor([True, True]))
+    assert torch.isfinite(l1) and torch.isfinite(giou)
+    ((l1 + giou) * 1024).backward()
+    assert leaf.grad is not None and torch.isfinite(leaf.grad).all()
+
+
+def test_boxes_that_are_all_broken_leave_an_exact_zero_of_giou() -> None:
+    pred = torch.full((2, 4), 0.5, requires_grad=True)
+    target = torch.tensor([[0.5, 0.5, -0.1, 0.2], [0.5, 0.5, 0.1, -0.2]])
+    _, giou = box_losses(pred, target, torch.tensor([True, True]))
+    assert giou == 0
+    giou.backward()
+    assert pred.grad is not None and (pred.grad == 0).all()
 
 
 def _answers() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
