@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from data_pipeline import slots
 
 __all__ = ["Batch", "PretrainBatch", "VqaBatch"]
 
@@ -80,9 +83,29 @@ class Batch:
             tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
             object.__setattr__(self, name, tensor)
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        ForkingPickler.register(cls, _send)
+
     def pin_memory(self) -> Self:
         """The same batch in page-locked memory (called by torch's DataLoader)."""
         return self._map_tensors(lambda tensor: tensor.pin_memory())
+
+
+def _send(batch: Batch) -> tuple | str:
+    """How a batch goes to another process (not how it is pickled into a file)."""
+    if (place := slots.share(batch.images)) is None:
+        return batch.__reduce_ex__(2)
+    return _arrive, (type(batch), batch.__getstate__() | {"images": None}, place)
+
+
+def _arrive(kind: type[Batch], state: dict[str, Any], place: tuple) -> Batch:
+    batch = kind.__new__(kind)
+    batch.__setstate__(state | {"images": slots.receive(*place)})
+    return batch
+
+
+ForkingPickler.register(Batch, _send)
 
 
 @dataclass(frozen=True, kw_only=True)

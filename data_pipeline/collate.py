@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_pipeline import slots
 from data_pipeline.batches import Batch, PretrainBatch, VqaBatch
 from data_pipeline.faults import SkipSample
 from data_pipeline.records import CaptionRecord, PretrainRecord, Question, VqaRecord
@@ -62,7 +63,7 @@ class ImageRows:
     def put(self, image: np.ndarray) -> np.ndarray:
         """The image in the next row, or as it is where there is none."""
         if self._buffer is None and self._size:
-            self._buffer = np.empty((self._size, *image.shape), np.uint8)
+            self._buffer = slots.allocate((self._size, *image.shape))
         buffer, used = self._buffer, len(self._rows)
         if buffer is None or used == len(buffer) or buffer.shape[1:] != image.shape:
             return image
@@ -78,7 +79,8 @@ class ImageRows:
         whole = buffer is not None and len(images) == len(buffer) == len(rows)
         # Only rows of this very buffer, in order: two streams may share an assembler.
         if not whole or any(a is not b for a, b in zip(images, rows, strict=True)):
-            buffer = np.stack(images)
+            buffer = slots.allocate((len(images), *images[0].shape))
+            np.stack(images, out=buffer)
         return torch.from_numpy(buffer).permute(0, 3, 1, 2)
 
     def __reduce__(self) -> tuple:
