@@ -286,7 +286,7 @@ def main() -> int:
         "--resume", action="store_true", help="a million samples instead: resume, memory"
     )
     parser.add_argument(
-        "--samples", type=int, help="of each profile (default 1024; with --resume 1000000)"
+        "--samples", type=int, help="of each profile (default 768; with --resume 1000000)"
     )
     parser.add_argument("--repeats", type=int, help="(default 3)")
     parser.add_argument("--parts", default="ABC")
@@ -309,7 +309,7 @@ def main() -> int:
         name, content = "loader_resume", resume(args.data, args.samples)
         print(json.dumps(content, indent=1))
     else:
-        args.samples = args.samples or (256 if args.quick else 1024)
+        args.samples = args.samples or (256 if args.quick else 768)
         name, content = "loader", compare(args)
     result = {
         "command": " ".join(["python", *sys.argv]),
