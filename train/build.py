@@ -238,8 +238,8 @@ def build(config: RunConfig, dist: Distributed) -> Run:
         gates=gates,
         open_monitor=open_monitor,
         monitor=silent,
-        checkpoints=CheckpointManager(
-            directory / "checkpoints", config.checkpoint.keep, run_id=run_id(config)
+        checkpoints=CheckpointManager.of(
+            config.checkpoint, directory / "checkpoints", run_id(config)
         ),
         tokenizer=tokenizer,
         validate=None,

@@ -307,8 +307,16 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class CheckpointConfig:
+    """A checkpoint every `every` general steps (0: only at the end). The last `keep` stay, and those
+    at multiples of `keep_every` (0: none), and the best by the validation metric `best`, which is
+    saved when it is measured. `asynchronous`: written by a thread while training goes on.
+    """
+
     every: int = 500
     keep: int = 2
+    keep_every: int = 0
+    best: str | None = None
+    asynchronous: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

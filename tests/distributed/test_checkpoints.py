@@ -114,10 +114,10 @@ def save_and_die(folder: str) -> None:
     if run.dist.rank == 1:
         save = run.checkpoints.save
 
-        def dying(engine: Any, step: int, state: Any) -> Any:
+        def dying(engine: Any, step: int, state: Any, wait: bool = True) -> Any:
             if step == 20:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return save(engine, step, state)
+            return save(engine, step, state, wait)
 
         run.checkpoints.save = dying
     loop.train(run)

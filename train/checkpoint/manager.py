@@ -1,66 +1,48 @@
 """Checkpoints that are either complete or not there.
 
 DeepSpeed 0.19 writes `latest` before other ranks have finished, without fsync or checksums. So it
-only writes its shards here; each file is then flushed and hashed, rank 0 writes MANIFEST.json, and
-after a barrier `latest` is replaced. Loading verifies, and walks back to the last valid checkpoint.
-The folder must be shared by all ranks.
+only says here what belongs into its files (staging.py). Every rank writes, hashes and syncs its own;
+when all have done so, rank 0 writes MANIFEST.json, and after a barrier `latest` is replaced. Loading
+verifies, and walks back to the last valid checkpoint. The folder must be shared by all ranks.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
+import threading
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-
-from train.checkpoint import manifest
+from train.checkpoint import manifest, scan
+from train.checkpoint.find import LATEST, find_valid, tags_of
 from train.checkpoint.manifest import ManifestError
-from train.config import UserError
+from train.checkpoint.peers import Peers
+from train.checkpoint.retention import Best, Retention, scores_of, stays
+from train.config import CheckpointConfig, UserError
+from train.provenance import provenance
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-__all__ = ["CheckpointManager"]
+    from train.checkpoint.staging import StagingEngine
+
+__all__ = ["CheckpointManager", "SaveError"]
 
 _LOG = logging.getLogger(__name__)
-_LATEST = "latest"
 _RUN_ID = "run_id"
+_SUPERSEDED = "superseded"
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _from_rank_0(make: Callable[[], Any]) -> Any:
-    """`make()` of rank 0 on every rank; an error there is raised on every rank, so none is left
-    waiting.
+class SaveError(RuntimeError):
+    """A checkpoint could not be written on some rank; the message names rank and file. Earlier
+    checkpoints are as they were.
     """
-    box: list[Any] = [None, None]
-    if _rank() == 0:
-        try:
-            box[0] = make()
-        except (OSError, ValueError) as error:
-            box[1] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
 
 
 class CheckpointManager:
@@ -69,76 +51,201 @@ class CheckpointManager:
     Args:
         keep: how many complete checkpoints stay.
         run_id: identity of the run; None keeps one in the folder, made at the first save.
-    All methods are collective.
+        keep_every: a checkpoint at a multiple of this many steps stays for good; 0 is none.
+        best: validation metric whose best checkpoint stays, too.
+        asynchronous: write in a thread, while training goes on; a save then only copies. The next
+            save waits for the one before.
+    All methods are collective, and are called by the main thread.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, run_id: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 2,
+        run_id: str | None = None,
+        *,
+        keep_every: int = 0,
+        best: str | None = None,
+        asynchronous: bool = False,
+    ) -> None:
         self.folder = Path(folder)
-        self.keep = max(1, keep)
+        self.rule = Retention(keep, keep_every, best)
+        self.best = Best(best)
+        self.asynchronous = asynchronous
         self._given_id = run_id
+        self._peers = Peers()
+        self._writer: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._position = -1  # step that was loaded or saved last
+
+    @classmethod
+    def of(
+        cls, config: CheckpointConfig, folder: Path, run_id: str | None = None
+    ) -> CheckpointManager:
+        """The manager that a run file asks for."""
+        return cls(
+            folder,
+            config.keep,
+            run_id,
+            keep_every=config.keep_every,
+            best=config.best,
+            asynchronous=config.asynchronous,
+        )
 
     # Saving
 
-    def save(self, engine: DeepSpeedEngine, step: int, state: dict[str, Any]) -> Path:
-        """Writes `step_NNNNNNNN`, commits it and removes older ones. `state` is of this rank."""
-        tag = f"step_{step:08d}"
+    def save(
+        self, engine: DeepSpeedEngine, step: int, state: dict[str, Any], wait: bool = True
+    ) -> Path:
+        """Writes `step_NNNNNNNN`, commits it and removes those that need not stay. `state` is of
+        this rank.
+
+        Args:
+            wait: return when the checkpoint is complete, also when saving asynchronously.
+        Raises SaveError when it could not be written. An asynchronous save that fails is logged at
+        once and tried again by the next save, which then waits.
+        """
+        failed = self._settle()
+        if failed is not None:
+            _LOG.warning("the last save failed (%s); this one is waited for", failed)
+        tag = manifest.tag_of(step)
         target = self.folder / tag
-        _from_rank_0(lambda: self._prepare(target))
-        engine.save_checkpoint(str(self.folder), tag=tag, save_latest=False)
-        torch.save(state, target / _state_name(_rank()))
-        _barrier()
-        described = self._describe_share(target)
+        self._peers.from_rank_0(lambda: self._prepare(target))
         run_id = self._run_id(create=True)
-        _from_rank_0(
-            lambda: manifest.write(
-                target,
-                {
-                    "run_id": run_id,
-                    "step": step,
-                    "world_size": _world(),
-                    "zero_stage": engine.zero_optimization_stage(),
-                    "config": state.get("config", {}),
-                    "files": described,
-                },
-            )
-        )
-        _from_rank_0(lambda: self._publish(tag))
-        _LOG.info("checkpoint %s: %.1f MB", tag, sum(f["bytes"] for f in described.values()) / 1e6)
+        files = self._stage(engine, tag, state)
+        values = {
+            "run_id": run_id,
+            "step": step,
+            "world_size": self._peers.world,
+            "zero_stage": engine.zero_optimization_stage(),
+            "config": state.get("config", {}),
+            "config_hash": manifest.hash_of(state.get("config", {})),
+            "score": self.best.score_at(step),
+        }
+        self._position = step
+        if wait or failed is not None or not self.asynchronous:
+            self._write(target, files, values)
+            return target
+        self._writer = threading.Thread(
+            target=self._write_quietly, args=(target, files, values), name=f"save {tag}",
+            daemon=True,  # a run that fails ends without waiting for it: no manifest, no checkpoint
+        )  # fmt: skip
+        self._writer.start()
         return target
 
+    def wait(self) -> None:
+        """Returns when the save under way is complete; raises SaveError when it failed."""
+        failed = self._settle()
+        if failed is not None:
+            raise failed
+
+    def _settle(self) -> Exception | None:
+        """Waits for the writer; its failure, which every rank has alike."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        failed, self._failure = self._failure, None
+        return failed
+
     def _prepare(self, target: Path) -> None:
+        """An empty folder, and nothing in the way: what is newer than where this run stands was
+        walked past or comes from an abandoned attempt, and must not be taken for a continuation.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            if (
-                target / manifest.MANIFEST
-            ).exists():  # it must not look complete while it is rewritten
-                (target / manifest.MANIFEST).unlink()
-            shutil.rmtree(target)
+        for tag in tags_of(self.folder):
+            folder = self.folder / tag
+            if folder == target or not (folder / manifest.MANIFEST).exists():
+                self._remove(folder)  # it is written again, or its save was not completed
+            elif int(manifest.step_of(tag) or 0) > self._position:
+                self._supersede(folder)
         target.mkdir()
 
-    def _describe_share(self, target: Path) -> dict[str, dict[str, Any]]:
-        """Size and hash of every file; each rank reads its share of them."""
-        names = sorted(p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file())
-        mine = {name: manifest.describe(target / name) for name in names[_rank() :: _world()]}
-        if not dist.is_initialized():
-            return mine
-        shares: list[Any] = [None] * _world()
-        dist.all_gather_object(shares, mine)
-        return {name: values for share in shares for name, values in share.items()}
+    def _supersede(self, old: Path) -> None:
+        number = 1
+        while (aside := self.folder / _SUPERSEDED / f"{old.name}-{number}").exists():
+            number += 1
+        aside.parent.mkdir(exist_ok=True)
+        os.replace(old, aside)
+        _LOG.warning("%s is not what this run went on from: it is now %s", old, aside)
+
+    def _stage(self, engine: DeepSpeedEngine, tag: str, state: dict[str, Any]) -> dict[Path, Any]:
+        """This rank's files, in host memory."""
+        from train.checkpoint.staging import host_copy
+
+        staging = _staging_engine(engine)
+        engine.save_checkpoint(str(self.folder), tag=tag, save_latest=False)
+        files = staging.take()
+        files[self.folder / tag / _state_name(self._peers.rank)] = host_copy(state)
+        self._peers.connect()  # here, because the writer must not make a group
+        return files
+
+    def _write_quietly(self, *args: Any) -> None:
+        try:
+            self._write(*args)
+        except Exception as error:
+            self._failure = error
+            _LOG.error("the checkpoint was not saved, training goes on: %s", error)
+
+    def _write(self, target: Path, files: dict[Path, Any], values: dict[str, Any]) -> None:
+        """Writes this rank's files and, when all ranks have, commits. Raises SaveError on all."""
+        from train.checkpoint.staging import write_files
+
+        started = time.perf_counter()
+        try:
+            share, problem = write_files(files, target), None
+        except Exception as error:
+            share, problem = {}, f"rank {self._peers.rank}: {error}"
+        gathered = self._peers.gather((share, problem))
+        problems = [problem for _, problem in gathered if problem is not None]
+        entries = {name: entry for share, _ in gathered for name, entry in share.items()}
+        self._peers.from_rank_0(lambda: self._commit(target, values | {"files": entries}, problems))
+        self._peers.from_rank_0(lambda: self._publish(target.name))
+        size = sum(entry["bytes"] for entry in entries.values()) / 1e6
+        seconds = time.perf_counter() - started
+        _LOG.info("checkpoint %s: %.1f MB in %.1f s", target.name, size, seconds)
+
+    def _commit(self, target: Path, values: dict[str, Any], problems: list[str]) -> None:
+        if not problems:
+            try:
+                for path in sorted(p for p in target.rglob("*") if p.is_file()):
+                    name = path.relative_to(target).as_posix()
+                    if name not in values["files"]:  # DeepSpeed copies NVMe offload files by itself
+                        values["files"][name] = manifest.describe(path)
+                about = {"provenance": _provenance(values["world_size"]), "written": time.time()}
+                manifest.sync_folder(self.folder)
+                manifest.write(target, values | about)
+            except OSError as error:
+                problems = [str(error)]
+        if problems:
+            shutil.rmtree(target, ignore_errors=True)  # gives a full disk its room back
+            raise SaveError(f"{target.name} was not saved: {'; '.join(problems)}")
 
     def _publish(self, tag: str) -> None:
-        manifest.replace_text(self.folder / _LATEST, tag + "\n")
-        complete = [t for t in self._tags() if (self.folder / t / manifest.MANIFEST).exists()]
-        kept = {tag, *complete[: self.keep]}
-        for old in self._tags():
-            if old not in kept:
-                # Without its manifest first: a crash half-way must not leave something that looks
-                # complete.
-                (self.folder / old / manifest.MANIFEST).unlink(missing_ok=True)
-                shutil.rmtree(self.folder / old, ignore_errors=True)
+        try:
+            manifest.replace_text(self.folder / LATEST, tag + "\n")
+            complete = []
+            for name in tags_of(self.folder):
+                try:
+                    complete.append(manifest.read(self.folder / name))
+                except ManifestError as error:
+                    # Neither counted nor removed: the next start says what is wrong with it.
+                    _LOG.warning("checkpoint not counted: %s", error)
+            scores = scores_of(complete, self.rule.best)
+            for step in scores.keys() - stays(scores, self.rule):
+                self._remove(self.folder / manifest.tag_of(step))
+        except OSError as error:
+            raise SaveError(
+                f"{tag} is saved, but older checkpoints could not be tidied up: {error}"
+            ) from error
+
+    @staticmethod
+    def _remove(folder: Path) -> None:
+        """Without its manifest first: a crash half-way must leave nothing that looks complete."""
+        (folder / manifest.MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
     def _run_id(self, create: bool) -> str | None:
-        return self._given_id or _from_rank_0(lambda: self._stored_id(create))
+        return self._given_id or self._peers.from_rank_0(lambda: self._stored_id(create))
 
     def _stored_id(self, create: bool) -> str | None:
         path = self.folder / _RUN_ID
@@ -166,18 +273,20 @@ class CheckpointManager:
                 directory.
             check: called with the manifest before anything is loaded; raises when it does not fit.
         Raises UserError when no checkpoint is valid, or it belongs to another run, ZeRO stage or
-        world size.
+        world size. Nothing is loaded then.
         """
+        self.wait()
         if which == "none":
-            _from_rank_0(self._set_aside)
+            self._peers.from_rank_0(self._set_aside)
             return None
-        found = _from_rank_0(lambda: self._find(which))
+        found = self.find(which)
         if found is None:
             return None
         target, values = found
         self._check_fits(engine, target, values)
         if check is not None:
             check(values)
+        _staging_engine(engine)
         loaded, _ = engine.load_checkpoint(
             str(target.parent),
             tag=target.name,
@@ -186,63 +295,21 @@ class CheckpointManager:
         )
         if loaded is None:
             raise UserError(f"{target}: DeepSpeed could not load it")
+        if target.parent.resolve() == self.folder.resolve():
+            self._position = values["step"]
         return self._load_state(target, values)
 
-    def _find(self, which: str) -> tuple[Path, dict[str, Any]] | None:
-        """The newest valid checkpoint that `which` names, verified."""
-        if which != "auto":
-            path = Path(which)
-            if (path / manifest.MANIFEST).exists():
-                return path, _verified(path)
-            for folder in (path / "checkpoints", path):
-                if (folder / _LATEST).exists():
-                    return CheckpointManager(folder, self.keep, self._given_id)._find("auto")
-            raise UserError(
-                f"--resume {which}: no checkpoint there (a folder with {manifest.MANIFEST} is one)"
-            )
-        tags = self._tags()
-        pointed = self._pointed()
-        if pointed in tags:
-            tags.remove(pointed)
-            tags.insert(0, pointed)
-        damaged = []
-        for tag in tags:
-            try:
-                return self.folder / tag, manifest.verify(self.folder / tag)
-            except ManifestError as error:
-                _LOG.warning("checkpoint passed over: %s", error)
-                if (self.folder / tag / manifest.MANIFEST).exists():
-                    damaged.append(str(error))
-        if damaged:
-            raise UserError(
-                f"{self.folder}: no checkpoint is intact ({'; '.join(damaged)}); "
-                f"restore one, or start over with --resume none"
-            )
-        return None
-
-    def _pointed(self) -> str | None:
-        try:
-            return (self.folder / _LATEST).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            return None
-
-    def _tags(self) -> list[str]:
-        """Checkpoint folder names, newest first."""
-        return sorted((p.name for p in self.folder.glob("step_*") if p.is_dir()), reverse=True)
+    def find(self, which: str = "auto") -> tuple[Path, dict[str, Any]] | None:
+        """`find_valid` for this run: the newest valid checkpoint and its manifest."""
+        return find_valid(self._peers, self.folder, which, self._run_id(create=False))
 
     def _check_fits(self, engine: DeepSpeedEngine, target: Path, values: dict[str, Any]) -> None:
-        ours = self._run_id(create=False)
-        if (
-            ours is not None
-            and values["run_id"] != ours
-            or ours is None
-            and target.parent != self.folder
-        ):
+        if self._run_id(create=False) is None and target.parent.resolve() != self.folder.resolve():
             raise UserError(
-                f"{target} belongs to another run ({values['run_id'][:8]}); to start from its "
+                f"{target} belongs to another run ({values['run_id'][:64]}); to start from its "
                 "weights, set model= or initialise.source= to that run's model folder"
             )
-        stage, world = engine.zero_optimization_stage(), _world()
+        stage, world = engine.zero_optimization_stage(), self._peers.world
         if values["zero_stage"] != stage:
             raise UserError(
                 f"{target} was written at ZeRO stage {values['zero_stage']}, this run uses stage "
@@ -255,10 +322,9 @@ class CheckpointManager:
             )
 
     def _load_state(self, target: Path, values: dict[str, Any]) -> dict[str, Any]:
-        own = _rank() < values["world_size"]
-        state = torch.load(
-            target / _state_name(_rank() if own else 0), map_location="cpu", weights_only=True
-        )
+        rank = self._peers.rank
+        own = rank < values["world_size"]
+        state = scan.load(target / _state_name(rank if own else 0))
         if not own:  # a rank that did not exist then keeps its own random state
             state["rng"] = None
         return state
@@ -267,7 +333,7 @@ class CheckpointManager:
         """Starting over keeps the old checkpoints, in a folder of their own, so that a slip costs
         nothing.
         """
-        if not self._tags() and not (self.folder / _RUN_ID).exists():
+        if not tags_of(self.folder) and not (self.folder / _RUN_ID).exists():
             return
         number = 1
         while (aside := self.folder.with_name(f"{self.folder.name}-before-{number}")).exists():
@@ -276,12 +342,28 @@ class CheckpointManager:
         _LOG.warning("starting over: the earlier checkpoints are in %s", aside)
 
 
-def _verified(folder: Path) -> dict[str, Any]:
-    try:
-        return manifest.verify(folder)
-    except ManifestError as error:
-        raise UserError(f"{error}; choose another checkpoint, or --resume auto") from None
-
-
 def _state_name(rank: int) -> str:
     return f"state_rank_{rank:04d}.pt"
+
+
+_provenance = functools.cache(provenance)
+
+
+def _staging_engine(engine: DeepSpeedEngine) -> StagingEngine:
+    """The engine's reader and writer of files, ours from now on. Raises UserError when the settings
+    ask for another.
+    """
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    from train.checkpoint.staging import StagingEngine
+
+    current = engine.checkpoint_engine
+    if isinstance(current, StagingEngine):
+        return current
+    if not isinstance(current, TorchCheckpointEngine):
+        raise UserError(
+            "engine.config: checkpoint.writer: checkpoints are written by this program (set "
+            "checkpoint.asynchronous in the run file): leave it out"
+        )
+    engine.checkpoint_engine = StagingEngine()
+    return engine.checkpoint_engine

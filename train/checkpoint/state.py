@@ -18,7 +18,7 @@ from train.recipes_io import flatten, to_plain
 
 __all__ = ["check_config", "collect", "plain_config", "restore", "rng_state", "set_rng_state"]
 
-VERSION = 1
+VERSION = 2
 # Keys that may change between save and resume: how long, how often to look and to save, and where.
 # What the data are and how they are ordered is checked by the loaders, which know it exactly.
 _DATA = (
@@ -101,9 +101,17 @@ def collect(
     loader: Any,
     region_loader: Any = None,
     gates: Any = None,
+    guard: Any = None,
+    best: Any = None,
 ) -> dict[str, Any]:
     """State of this rank after `step` applied general steps. All but `rng` is the same on every
     rank.
+
+    Everything that a step reads and DeepSpeed does not keep is here: `gates` are log-alpha, the
+    multipliers, both their optimizers and the frozen structure (`GateOptimizer.state_dict`); the
+    loaders' states are data positions; `guard` is what the spike guard has seen; `best` is the best
+    validation score. Learning rate, sparsity target, KD weights, region steps and gate noise are
+    functions of (configuration, seed, step), so `step` is their state.
     """
     return {
         "version": VERSION,
@@ -112,9 +120,15 @@ def collect(
         "config": plain_config(config),
         "loader": loader.state_dict(),
         "region_loader": None if region_loader is None else region_loader.state_dict(),
-        "gates": None if gates is None else gates.state_dict(),
+        "gates": _state_of(gates),
+        "guard": _state_of(guard),
+        "best": _state_of(best),
         "rng": rng_state(),
     }
+
+
+def _state_of(part: Any) -> dict[str, Any] | None:
+    return part.state_dict() if hasattr(part, "state_dict") else None
 
 
 def restore(
@@ -123,6 +137,8 @@ def restore(
     loader: Any,
     region_loader: Any = None,
     gates: Any = None,
+    guard: Any = None,
+    best: Any = None,
     rebase: bool = False,
 ) -> None:
     """Puts a state of `collect` back (not the counters: the loop owns them).
@@ -141,7 +157,8 @@ def restore(
     loader.load_state_dict(state["loader"], rebase)
     if region_loader is not None and state["region_loader"] is not None:
         region_loader.load_state_dict(state["region_loader"], rebase)
-    if gates is not None and state["gates"] is not None:
-        gates.load_state_dict(state["gates"])
+    for name, part in (("gates", gates), ("guard", guard), ("best", best)):
+        if hasattr(part, "load_state_dict") and state[name] is not None:
+            part.load_state_dict(state[name])
     if state["rng"] is not None:
         set_rng_state(state["rng"])
