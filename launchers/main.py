@@ -2,6 +2,8 @@
 
     espalier launch -n 2 -- distill blocksworld-distill
     espalier launch --hostfile hosts -- distill efficientvlm-4m engine.config=zero2
+    espalier launch --hostfile hosts --node-rank 1 -- distill efficientvlm-4m   # on machine 1, no ssh
+    espalier launch --mpi --hostfile hosts -- distill efficientvlm-4m
     espalier launch --slurm -n 16 --per-node 8 -- distill efficientvlm-4m
     espalier launch --mpi -n 4 -- distill efficientvlm-4m
     espalier launch --array -n 2 -- distill one.yaml two.yaml three.yaml optim.lr=1e-4
@@ -13,17 +15,17 @@ checkpoint saved) is passed through: run the same command again to go on.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from launchers import hostfile, local, mpi, slurm
+from launchers.job import EXIT_STOPPED, EXIT_USAGE, SHARED
+from launchers.supervise import Plan, describe, supervise
 
 __all__ = ["add_arguments", "run"]
 
-EXIT_USAGE = 2
-EXIT_STOPPED = 75
 VERBS = ("pretrain", "distill", "finetune", "prune", "trim", "eval", "bench", "doctor", "data")
 # What `data` spreads over ranks; the others would do everything on each of them.
 _SPREAD = ("index", "build")
@@ -31,15 +33,27 @@ _SPREAD = ("index", "build")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options and the command to start; the caller owns description and epilog."""
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--hostfile", metavar="FILE", help="machines, one `host slots=N` a line; needs ssh and pdsh"
+    parser.add_argument(
+        "--hostfile",
+        metavar="FILE",
+        help="machines, one `host slots=N` a line; through ssh and pdsh, or mpirun with --mpi",
     )
+    parser.add_argument(
+        "--node-rank",
+        type=int,
+        metavar="R",
+        help="start only this machine of the hostfile (the R-th, from 0), without ssh; give the same "
+        "command with each machine's number on all of them",
+    )
+    parser.add_argument(
+        "--master-addr", metavar="ADDRESS", help="where the other machines find the first one"
+    )
+    where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--slurm", action="store_true", help="srun inside an allocation, sbatch outside"
     )
     where.add_argument(
-        "--mpi", action="store_true", help="mpirun on this machine or its allocation"
+        "--mpi", action="store_true", help="mpirun on this machine, its allocation or the hostfile"
     )
     parser.add_argument(
         "-n", "--processes", type=_positive, metavar="PROCS", help="processes in all"
@@ -48,7 +62,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--per-node", type=_positive, metavar="K", help="processes per machine (Slurm, hostfile)"
     )
     parser.add_argument(
-        "--max-restarts", type=int, default=0, metavar="K", help="start again after a crash"
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="K",
+        help="start again after a crash, without machines that no longer answer; a stop that saved "
+        "(exit code 75) is no crash",
+    )
+    parser.add_argument(
+        "--min-nodes",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="give up rather than restart on fewer machines of the hostfile",
+    )
+    parser.add_argument(
+        "--job-folder",
+        metavar="DIR",
+        help=f"where ranks report to the launcher; all machines must see it (default: {SHARED} in "
+        "the current folder, used with several machines only)",
+    )
+    parser.add_argument(
+        "--launcher-option",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="one more option for deepspeed, mpirun or srun: --launcher-option=--ssh_port=2222",
     )
     parser.add_argument(
         "--array", action="store_true", help="one job per recipe: VERB RECIPE RECIPE ... a.b=c"
@@ -127,34 +166,70 @@ def _jobs(options: argparse.Namespace) -> list[list[str]]:
 
 
 def _start(options: argparse.Namespace, jobs: list[list[str]]) -> int:
+    _check(options, jobs)
     if options.slurm:
         return slurm.run(options, jobs)
     worst = 0
     for number, job in enumerate(jobs):
-        if options.hostfile:
-            plan = hostfile.plan(options, job)
-        elif options.mpi:
-            plan = mpi.plan(options, job)
-        else:
-            plan = local.plan(options, job)
+        make = _planner(options, job)
         if options.dry_run:
-            print(describe(plan))
+            print(describe(make(Path(SHARED, "JOB"))))
             continue
         if len(jobs) > 1:
             print(
                 f"espalier launch: job {number + 1} of {len(jobs)}: {shlex.join(job)}",
                 file=sys.stderr,
             )
-        code = local.supervise(plan, restarts=options.max_restarts)
+        shared = options.hostfile and options.node_rank is None
+        parent = Path(options.job_folder or SHARED).resolve() if shared else None
+        code = supervise(make, restarts=options.max_restarts, jobs=parent)
         if code == EXIT_STOPPED:
             return code  # the user wants to stop, not to go on with the next recipe
         worst = worst or code
     return worst
 
 
-def describe(plan: local.Plan) -> str:
-    """The plan as a line for a shell."""
-    changes = [
-        f"{key}={value}" for key, value in plan.environment.items() if os.environ.get(key) != value
-    ]
-    return shlex.join(changes + plan.argv)
+def _check(options: argparse.Namespace, jobs: list[list[str]]) -> None:
+    if options.slurm and options.hostfile:
+        raise ValueError("--slurm knows its machines: leave --hostfile out")
+    if options.node_rank is None:
+        return
+    if not options.hostfile or options.mpi:
+        raise ValueError(
+            "--node-rank needs --hostfile, and no --mpi: it counts the file's machines"
+        )
+    if len(jobs) > 1 and not options.port:
+        raise ValueError("--array with --node-rank needs a --port that all machines agree on")
+
+
+def _planner(options: argparse.Namespace, job: list[str]) -> Callable[[Path], Plan]:
+    """What makes the plan of each start; from the second on, without machines that are gone."""
+    if options.mpi:
+        return lambda folder: mpi.plan(options, job)
+    if not options.hostfile:
+        return lambda folder: local.plan(options, job)
+    started = False
+
+    def make(folder: Path) -> Plan:
+        nonlocal started
+        lost: frozenset[str] = frozenset()
+        if started and options.node_rank is None:
+            lost = _lost_hosts(options)
+        started = True
+        return hostfile.plan(options, job, folder, lost)
+
+    return make
+
+
+def _lost_hosts(options: argparse.Namespace) -> frozenset[str]:
+    hosts = list(hostfile.read_hostfile(options.hostfile))
+    alive = hostfile.answering(hosts)
+    lost = frozenset(hosts) - alive
+    if len(alive) < options.min_nodes:
+        raise ValueError(
+            f"only {len(alive)} of {len(hosts)} machines answer ({', '.join(sorted(lost))} do not), "
+            f"--min-nodes is {options.min_nodes}: not starting again"
+        )
+    if lost:
+        print(f"espalier launch: going on without {', '.join(sorted(lost))}", file=sys.stderr)
+    return lost

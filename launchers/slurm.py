@@ -15,11 +15,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launchers.local import MODULE, Plan, base_environment, supervise
+from launchers.job import EXIT_STOPPED, SHARED
+from launchers.local import MODULE, base_environment
+from launchers.supervise import Plan, describe, supervise
 
 __all__ = ["batch_script", "run", "srun_command"]
 
-EXIT_STOPPED = 75
 WARNING_SECONDS = 300
 TEMPLATE = Path(__file__).with_name("templates") / "slurm.sh"
 
@@ -31,6 +32,7 @@ def srun_command(options: argparse.Namespace, job: list[str]) -> list[str]:
         argv += [f"--ntasks={options.processes}"]
     if options.per_node:
         argv += [f"--ntasks-per-node={options.per_node}"]
+    argv += options.launcher_option
     return [*argv, sys.executable, "-u", "-m", MODULE, *job]
 
 
@@ -77,17 +79,22 @@ def batch_script(options: argparse.Namespace, jobs: list[list[str]]) -> str:
 
 
 def run(options: argparse.Namespace, jobs: list[list[str]]) -> int:
-    """srun when we are inside an allocation already, sbatch otherwise; returns the exit code."""
+    """srun when we are inside an allocation already, sbatch otherwise; returns the exit code.
+
+    Raises:
+        FileNotFoundError: srun or sbatch is missing.
+    """
     inside = "SLURM_JOB_ID" in os.environ and len(jobs) == 1
+    plan = Plan(srun_command(options, jobs[0]), base_environment(), stop="leader")
     if options.dry_run:
-        print(shlex.join(srun_command(options, jobs[0])) if inside else batch_script(options, jobs))
+        print(describe(plan) if inside else batch_script(options, jobs))
         return 0
     tool = "srun" if inside else "sbatch"
     if shutil.which(tool) is None:
         raise FileNotFoundError(f"{tool} is not on PATH: --slurm must be used on a Slurm machine")
     if inside:
-        return supervise(
-            Plan(srun_command(options, jobs[0]), base_environment()), restarts=options.max_restarts
-        )
+        parent = Path(options.job_folder or SHARED)
+        return supervise(lambda folder: plan, restarts=options.max_restarts, jobs=parent)
     script = batch_script(options, jobs)
+    print(f"espalier launch: sbatch reads\n{script}", file=sys.stderr)
     return subprocess.run(["sbatch"], input=script, text=True, check=False).returncode

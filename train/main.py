@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from train.runtime import report
+
 __all__ = ["main"]
 
 EXIT_FAILED = 1
@@ -48,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(f"espalier: no verb {name!r}{nearest(name, _verbs())}", file=sys.stderr)
             return EXIT_USAGE
-        return verb.run(name, rest)
+        code = verb.run(name, rest)
+        report.left(code)
+        return code
     except SystemExit as leaving:  # argparse: 0 after --help, 2 on wrong usage
         return leaving.code if isinstance(leaving.code, int) else EXIT_FAILED
     except (ValueError, FileNotFoundError) as error:

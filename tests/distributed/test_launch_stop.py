@@ -24,9 +24,11 @@ sys.exit(75)
 """
 SUPERVISOR = """
 import sys
-from launchers.local import Plan, base_environment, deepspeed_command, supervise
+from launchers.local import base_environment, deepspeed_command
+from launchers.supervise import Plan, supervise
 argv = [*deepspeed_command(), "--num_accelerators", "2", "--hostfile", "/dev/null", "--master_port", "29999"]
-sys.exit(supervise(Plan([*argv, *sys.argv[1:]], base_environment())))
+plan = Plan([*argv, *sys.argv[1:]], base_environment(), ranks_report=False)
+sys.exit(supervise(lambda folder: plan))
 """
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.distributed
 from tqdm import tqdm
 
+from train.runtime.signals import Stopped, poll
+
 if TYPE_CHECKING:
     from data_pipeline.batches import Batch
     from models.xvlm import XVLM
@@ -54,6 +56,9 @@ def evaluate(
         loader: one pass; every sample once over all ranks.
         dist: has .rank, .world_size, .device; None is one process on the model's device.
     The model is in eval mode meanwhile and gets its mode back.
+
+    Raises:
+        Stopped: all ranks were told to stop (only where a stage handles signals).
     """
     device = dist.device if dist is not None else next(model.parameters()).device
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -68,6 +73,9 @@ def evaluate(
                 for name, (value, count) in task.evaluate(model, batch.to(device)).items():
                     sums[name][0] += float(value)
                     sums[name][1] += float(count)
+                # Once a batch on every rank: all have equally many, so none asks alone.
+                if dist is not None and poll():
+                    raise Stopped("validation was left for a stop")
     finally:
         model.train(was_training)
     total = _reduce(sums, 1 if dist is None else dist.world_size)

@@ -10,13 +10,17 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import select
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+from train.runtime import report
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +39,7 @@ __all__ = [
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 DIE_WITH_PARENT = "ESPALIER_DIE_WITH_PARENT"
+LAUNCHER = "ESPALIER_LAUNCHER"
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -182,6 +187,42 @@ def _die_with_parent() -> None:
         raise SystemExit(1)
 
 
+def _stop_with_launcher() -> None:
+    """A thread that sends SIGTERM here when `espalier launch` is gone (`pid:start time`).
+
+    DeepSpeed's launcher stands between us and has no such tie; killed, ours would leave everything
+    running. SIGTERM, not an exit: the ranks save first.
+    """
+    pid, _, started = os.environ.get(LAUNCHER, "").partition(":")
+    if not pid or not hasattr(os, "pidfd_open"):
+        return
+    try:
+        descriptor = os.pidfd_open(int(pid))
+        with open(f"/proc/{pid}/stat") as file:
+            same = file.read().rpartition(")")[2].split()[19] == started
+    except OSError:
+        same = False
+    if not same:
+        raise SystemExit("espalier: `espalier launch` is gone: not starting without it")
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+
+    def watch() -> None:
+        poller.poll()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="espalier-launcher", daemon=True).start()
+
+
+def _record_collectives() -> None:
+    """NCCL leaves its last collectives in a file when one times out, and ends the process instead
+    of hanging; the user's own settings stand.
+    """
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+
+
 def _device(local_rank: int) -> torch.device:
     import torch
 
@@ -226,11 +267,15 @@ def start(timeout_minutes: float | None = None) -> Distributed:
     """
     os.environ.update(discover_ranks(os.environ))
     _die_with_parent()
+    _stop_with_launcher()
+    report.at("joining the other ranks")
     choose_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     device = _device(local_rank)
     if device.type == "cpu":
         _share_cores()
+    else:
+        _record_collectives()
 
     import deepspeed
     import torch.distributed
@@ -240,6 +285,8 @@ def start(timeout_minutes: float | None = None) -> Distributed:
             {} if timeout_minutes is None else {"timeout": timedelta(minutes=timeout_minutes)}
         )
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, **timeout)
+        _open_flag_group(**timeout)
+    report.at("started")
     return Distributed(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
@@ -247,6 +294,21 @@ def start(timeout_minutes: float | None = None) -> Distributed:
         device=device,
         backend=str(torch.distributed.get_backend()),
     )
+
+
+class _FlagGroup:
+    """The gloo group of `all_reduce_flag`; None is the default group."""
+
+    group: Any = None
+
+
+def _open_flag_group(**timeout: Any) -> None:
+    """A gloo group beside NCCL: a flag then costs no synchronisation with the GPU. Collective."""
+    import torch.distributed
+
+    _FlagGroup.group = None
+    if torch.distributed.get_backend() != "gloo" and torch.distributed.get_world_size() > 1:
+        _FlagGroup.group = torch.distributed.new_group(backend="gloo", **timeout)
 
 
 def _initialised() -> bool:
@@ -279,22 +341,33 @@ def barrier(what: str, timeout_minutes: float | None = None) -> None:
         ) from error
 
 
-def finish(failed: bool = False) -> None:
+def finish(failed: bool = False, code: int | None = None) -> None:
     """Barrier, then destroys the process group. Does nothing when there is none.
 
     Args:
         failed: this rank leaves because of an error: it must not wait for ranks that know nothing
-            of it.
+            of it. The error being handled is reported first.
+        code: exit code to tell the launcher when all ranks are through.
     """
+    error = sys.exc_info()[1]
+    if failed and error is not None:
+        report.failed(error)
     if not _initialised():
+        if not failed and code is not None:
+            report.ended(code)
         return
     import deepspeed.comm
 
     if not failed:
         barrier("the end of the run")
+        if code is not None:
+            report.ended(code)
+            # mpirun and srun kill the others when the first rank leaves with 75.
+            barrier("the report to the launcher")
     deepspeed.comm.destroy_process_group()
     # DeepSpeed keeps its own handle and would take a dead group for a live one at the next start().
     deepspeed.comm.comm.cdb = None
+    _FlagGroup.group = None
 
 
 def _collective_device() -> torch.device:
@@ -305,14 +378,25 @@ def _collective_device() -> torch.device:
 
 
 def all_reduce_flag(flag: bool) -> bool:
-    """True on every rank when it is true on any. All ranks must call it the same number of times."""
-    if not _initialised():
+    """True on every rank when it is true on any, over gloo. All ranks must call it the same number
+    of times.
+    """
+    if not _initialised() or _world_size() == 1:
         return bool(flag)
     import torch
 
-    value = torch.tensor([int(flag)], dtype=torch.int32, device=_collective_device())
-    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+    value = torch.tensor([int(flag)], dtype=torch.int32)
+    group = _FlagGroup.group
+    if group is None:
+        value = value.to(_collective_device())
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=group)
     return bool(value.item())
+
+
+def _world_size() -> int:
+    import torch.distributed
+
+    return torch.distributed.get_world_size()
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:

@@ -34,7 +34,7 @@ def walk(config: RunConfig, resume: str, rebase: bool = False) -> int:
         ValueError, FileNotFoundError: bad input.
     """
     dist = start()
-    failed = True
+    failed, code = True, None
     try:
         config = per_rank(config, dist.world_size)
         directory = Path(config.out)
@@ -56,7 +56,7 @@ def walk(config: RunConfig, resume: str, rebase: bool = False) -> int:
         return code
     finally:
         # After a failure the other ranks may be anywhere: no barrier then.
-        finish(failed)
+        finish(failed, code)
 
 
 def keep_answers(run: Run) -> None:

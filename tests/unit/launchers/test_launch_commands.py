@@ -117,7 +117,7 @@ def test_slurm_inside_an_allocation(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     words = printed(capsys, "--slurm", "-n", "4", "--dry-run", "--", "distill", "demo")
-    assert words[0] == "srun"
+    assert "srun" in words
     assert "--ntasks=4" in words
 
 

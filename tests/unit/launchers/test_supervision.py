@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launchers.local import Plan, supervise
+from launchers.supervise import Plan, supervise
 from tests.distributed.spawn import ROOT
 
 # A launcher that ignores signals, like the inner half of DeepSpeed's, and reports its ranks' exit
@@ -24,20 +25,22 @@ sys.exit(max(rank.wait() for rank in ranks))
 # signalled.
 RANK = """
 import os, signal, subprocess, sys
+STOPS = {signal.SIGTERM, signal.SIGUSR1}
 signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ignores it, and that is inherited
 worker = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
 with open(os.path.join(sys.argv[1], "ready"), "w") as pipe:
     pipe.write("x")
-signal.sigwait({signal.SIGTERM})
+signal.sigwait(STOPS)
 worker.communicate()
 assert worker.returncode == 0, f"the worker ended with {worker.returncode}"
 sys.exit(75)
 """
 
 
-def plan(*words: str) -> Plan:
-    return Plan([sys.executable, *words])
+def plan(*words: str, **variables: str) -> Callable[[Path], Plan]:
+    """A program that knows nothing of job folders."""
+    return lambda folder: Plan([sys.executable, *words], variables, ranks_report=False)
 
 
 def test_exit_codes_pass_through() -> None:
@@ -59,22 +62,23 @@ def test_only_crashes_are_restarted(tmp_path: Path, code: int, starts: int) -> N
 
 def test_environment_reaches_the_process() -> None:
     program = "import os; raise SystemExit(int(os.environ['ANSWER']))"
-    assert supervise(Plan([sys.executable, "-c", program], {"ANSWER": "42"})) == 42
+    assert supervise(plan("-c", program, ANSWER="42")) == 42
 
 
 def test_own_process_group() -> None:
     assert supervise(plan("-c", "import os; raise SystemExit(os.getpgrp() != os.getpid())")) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_signal_reaches_every_rank_and_75_comes_back(tmp_path: Path, number: int) -> None:
     launcher, rank, ready = tmp_path / "launcher.py", tmp_path / "rank.py", tmp_path / "ready"
     launcher.write_text(LAUNCHER)
     rank.write_text(RANK)
     os.mkfifo(ready)
     program = (
-        "import sys; from launchers.local import Plan, supervise;"
-        "sys.exit(supervise(Plan([sys.executable, *sys.argv[1:]])))"
+        "import sys; from launchers.supervise import Plan, supervise;"
+        "plan = Plan([sys.executable, *sys.argv[1:]], ranks_report=False);"
+        "sys.exit(supervise(lambda folder: plan))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(launcher), str(rank), str(tmp_path)], cwd=ROOT

@@ -1,0 +1,150 @@
+"""Runs a launcher in a session of its own, hands signals to the ranks, and judges by what they
+report.
+
+Why not simply call it: DeepSpeed 0.19's launcher dies at once of SIGTERM and leaves the ranks
+running; its inner half passes the signal on to one rank after the other and kills each after 30 s;
+mpirun kills the ranks a second after SIGTERM. Ranks save together, so all of them get the signal at
+the same moment.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from launchers import job
+from launchers.processes import end_session, leash, ranks_of, send, session_members
+
+__all__ = ["Plan", "describe", "supervise"]
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A command and the environment variables it needs on top of ours.
+
+    Attributes:
+        stop: how a signal reaches the ranks: "ranks" sends it to those on this machine; "leader"
+            sends SIGUSR1 to the command, which hands it on (mpirun, srun).
+        stop_command: runs for a signal as well, for ranks on other machines.
+        ranks_report: False for a program that knows nothing of job folders.
+    """
+
+    argv: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    stop: Literal["ranks", "leader"] = "ranks"
+    stop_command: list[str] | None = None
+    ranks_report: bool = True
+
+
+def describe(plan: Plan) -> str:
+    """The plan as a line for a shell."""
+    changes = [
+        f"{key}={value}" for key, value in plan.environment.items() if os.environ.get(key) != value
+    ]
+    return shlex.join(changes + plan.argv)
+
+
+def supervise(make: Callable[[Path], Plan], restarts: int = 0, jobs: Path | None = None) -> int:
+    """Runs a plan to its end and returns the job's exit code; starts again after a crash,
+    `restarts` times.
+
+    A wrong command (exit 2), a stop (75) and anything after a signal to us are not crashes.
+
+    Args:
+        make: the plan for a job folder; called again for each start, so that ports are fresh and
+            lost machines left out.
+        jobs: where job folders go; None: on this machine.
+    """
+    while True:
+        with job.job_folder(jobs) as folder:
+            plan = make(folder)
+            _say(describe(plan))
+            code, signalled = _run_once(plan, folder)
+            verdict = job.judge(folder, code, plan.ranks_report)
+        for line in verdict.lines:
+            _say(line)
+        crashed = verdict.code not in (0, job.EXIT_USAGE, job.EXIT_STOPPED) and not signalled
+        if not crashed or restarts <= 0:
+            return verdict.code
+        restarts -= 1
+        _say(f"exit code {verdict.code}; starting again ({restarts} restarts left)")
+
+
+def _say(text: str) -> None:
+    print(f"espalier launch: {text}", file=sys.stderr, flush=True)
+
+
+def _run_once(plan: Plan, folder: Path) -> tuple[int, bool]:
+    """The command's exit code (negative: a signal), and whether we were told to stop."""
+    received: list[int] = []
+    dying = signal.SIGUSR1 if plan.stop == "leader" else signal.SIGTERM
+    environment = os.environ | job.variables(folder, plan.stop == "ranks") | plan.environment
+    with ExitStack() as stack:
+        with _holding(SIGNALS):  # none may arrive between the start and the handlers
+            process = subprocess.Popen(
+                plan.argv,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=lambda: _in_child(dying),
+            )
+            stack.enter_context(_forwarding(process.pid, plan, folder, received))
+            stack.callback(end_session, process.pid)  # signals are still forwarded meanwhile
+        code = process.wait()
+    return code, bool(received)
+
+
+def _in_child(dying: int) -> None:
+    leash(dying)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the mask would be inherited
+
+
+@contextmanager
+def _holding(numbers: tuple[int, ...]) -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _forwarding(leader: int, plan: Plan, folder: Path, received: list[int]) -> Iterator[None]:
+    """First signal: every rank gets it (they save and stop). Second: the whole session is told to
+    end. Third: killed.
+    """
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            hard = signal.SIGTERM if len(received) == 2 else signal.SIGKILL
+            send(session_members(leader), hard)
+            return
+        _say(f"{signal.Signals(number).name}: telling the ranks to save and stop")
+        polite = signal.SIGTERM if number == signal.SIGHUP else number
+        if plan.stop_command is not None:
+            # Not waited for: the ranks' leaving ends the command we wait for.
+            subprocess.Popen(plan.stop_command, stdin=subprocess.DEVNULL, start_new_session=True)
+            return
+        if plan.stop == "leader":
+            send([leader], signal.SIGUSR1)
+        else:
+            # Before there are ranks nothing can be saved: the launcher itself is told.
+            send(ranks_of(folder) or session_members(leader), polite)
+
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
