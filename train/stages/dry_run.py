@@ -1,31 +1,64 @@
-"""What a run would be: parameter counts, shapes and memory, without data, devices or weights."""
+"""What a run would be: sizes, memory on each device, work and hours, without data or weights."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-
-import torch
-from torch import nn
 
 from models import presets
 from models.config import ModelConfig
-from models.xvlm import XVLM
-from train.config import RunConfig, per_rank
+from models.summary import PARTS, summarise
+from train.config import RunConfig, UserError, per_rank
+from train.monitor.flops import peak_flops, step_cost
 from train.runtime.engine import engine_settings, zero_stage
+from train.stages.memory import StepMemory, stage_memory, step_memory
+from train.stages.plan import Speed, Work, measured_speed, samples_of_data, work
 from train.student import is_model_folder, model_config
 
-__all__ = ["describe", "memory_estimate"]
+__all__ = ["Asked", "default_ranks", "describe"]
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+_COLUMNS = ("weights", "gradients", "optimizer", "activations", "teacher", "KD", "peak")
+_REFERENCE = "NVIDIA A100", "NVIDIA H100"
 
 
-def _on_meta(config: ModelConfig) -> XVLM:
-    with torch.device("meta"):
-        return XVLM(config)
+@dataclass(frozen=True)
+class Asked:
+    """What `--dry-run` was asked besides the recipe.
+
+    Attributes:
+        ranks: world sizes of the memory table; the first one is that of the text. Empty: those of
+            `default_ranks`.
+        samples_per_s: speed of all ranks.   like: directory of a run to take it from.
+    """
+
+    ranks: tuple[int, ...] = ()
+    samples_per_s: float | None = None
+    like: Path | None = None
+
+    def __post_init__(self) -> None:
+        if any(count < 1 for count in self.ranks):
+            raise UserError(f"--ranks: {min(self.ranks)} is not a number of ranks")
+        if self.samples_per_s is not None and not self.samples_per_s > 0:
+            raise UserError(f"--samples-per-s: {self.samples_per_s} is not a speed")
+        if self.samples_per_s is not None and self.like is not None:
+            raise UserError("--samples-per-s and --like both give a speed: leave one out")
+
+    def speed(self, ranks: int) -> Speed | None:
+        """The speed at a number of ranks, if one was given."""
+        if self.like is not None:
+            return measured_speed(self.like, ranks)
+        if self.samples_per_s is not None:
+            return Speed(self.samples_per_s, "given")
+        return None
+
+
+def default_ranks() -> tuple[int, ...]:
+    """Under a launcher its world size; else 8 (the text), 1 and 64."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return (world,) if world > 1 else (8, 1, 64)
 
 
 def _teacher_config(config: RunConfig, form: str) -> ModelConfig | None:
@@ -37,106 +70,148 @@ def _teacher_config(config: RunConfig, form: str) -> ModelConfig | None:
     return None
 
 
-def _activation_bytes(model: ModelConfig, rows: int, text_tokens: int, element: int) -> int:
-    """Activations kept for backward, without recomputation, attention fused (no N x N maps).
-
-    Per token and layer an attention block keeps its input, norm, q, k, v, context and output (7
-    widths) and an MLP its norm, two FFN widths and output: an estimate by counting tensors, good to
-    about a third.
-    """
-    vision, text = model.vision, model.text
-    total = 0
-    for heads, ffn in zip(vision.heads, vision.ffn, strict=True):
-        width = 4 * vision.width + 4 * heads * vision.head_dim + 2 * vision.width + 2 * ffn
-        total += rows * vision.tokens * width
-    # Text once; fusion for B positive, 2B negative and B MLM rows in pre-training, B in a
-    # downstream task.
-    passes = (2, 5) if model.form == "pretrain" else (1, 1)
-    for layer, (heads, ffn) in enumerate(zip(text.heads, text.ffn, strict=True)):
-        width = 4 * text.width + 4 * heads * text.head_dim + 2 * text.width + 2 * ffn
-        repeats = passes[0]
-        if layer >= text.text_layers:
-            cross = text.cross_heads[layer - text.text_layers] * text.head_dim
-            repeats = passes[1]
-            total += rows * repeats * 2 * cross * vision.output_tokens
-            width += 4 * text.width + 2 * cross
-        total += rows * repeats * text_tokens * width
-    return total * element
-
-
-def memory_estimate(
-    config: RunConfig, student: ModelConfig, parameters: int, teacher_parameters: int, ranks: int
-) -> dict[str, int]:
-    """Bytes on each device: parameters, gradients, optimizer, activations of the student, teacher
-    weights.
-
-    fp32 parameters with Adam: 4 + 4 + 8 bytes, sharded as the ZeRO stage says; fp16 mode adds a
-    half copy.
-    """
-    stage = zero_stage(engine_settings(config))
-    half = config.engine.precision == "fp16"
-    rows = config.data.batch * config.data.rows_per_image
-    element = _BYTES[config.engine.precision]
-    share = {name: ranks if stage >= at else 1 for name, at in (("p", 3), ("g", 2), ("o", 1))}
-    return {
-        "parameters": parameters * (2 if half else 4) // share["p"],
-        "gradients": parameters * (2 if half else 4) // share["g"],
-        "optimizer": parameters * (12 if half else 8) // share["o"],
-        "activations": _activation_bytes(student, rows, config.data.max_tokens, element),
-        "teacher": teacher_parameters * (2 if config.teacher.dtype != "fp32" else 4),
-    }
-
-
-def _module_lines(model: XVLM) -> list[str]:
-    lines = []
-    for name, child in model.named_children():
-        if count := _count(child):
-            lines.append(f"  {name:<14}{count / 1e6:>10.2f}M")
-    return lines
-
-
-def describe(config: RunConfig, ranks: int = 8) -> str:
-    """The text that `--dry-run` prints. Memory is per device for `ranks` data-parallel ranks.
+def describe(config: RunConfig, asked: Asked | None = None) -> str:
+    """The text that `--dry-run` prints.
 
     Raises:
-        ValueError, FileNotFoundError: the configuration cannot become a model.
+        ValueError, FileNotFoundError: the configuration cannot become a model, or a run to take the
+            speed from is not there.
     """
-    config = per_rank(config, ranks)
+    asked = asked or Asked()
+    ranks = asked.ranks or default_ranks()
+    first = per_rank(config, ranks[0])
     student = model_config(config, None)
-    model = _on_meta(student)
-    parameters = _count(model)
-    prunable = sum(
-        cost * slot.units
-        for cost, slot in zip(
-            model.parameters_per_unit().values(), model.gate_slots().values(), strict=True
-        )
-    )
     teacher = _teacher_config(config, student.form)
-    teacher_parameters = 0 if teacher is None else _count(_on_meta(teacher))
-    vision, text, data = student.vision, student.text, config.data
+    total = work(first, step_cost(first, student, teacher), ranks[0], samples_of_data(config))
     lines = [
         f"stage {config.stage}, task {config.task}, out {config.out}",
-        f"student {student.name} ({'folder' if is_model_folder(config.model) else 'new'}): "
-        f"{parameters / 1e6:.2f}M parameters, {prunable / 1e6:.2f}M prunable",
-        *_module_lines(model),
+        *_model_lines(first, student, teacher),
+        *_work_lines(first, total, ranks[0], asked.speed(ranks[0])),
+        *_memory_lines(config, student, teacher, ranks),
+    ]
+    return "\n".join(lines)
+
+
+# --- models -----------------------------------------------------------------------------------------
+
+
+def _model_lines(config: RunConfig, student: ModelConfig, teacher: ModelConfig | None) -> list[str]:
+    vision, text, data = student.vision, student.text, config.data
+    ours = summarise(student, text_tokens=data.max_tokens)
+    theirs = None if teacher is None else summarise(teacher, text_tokens=data.max_tokens)
+    origin = "folder" if is_model_folder(config.model) else "new"
+    lines = [
+        f"student {student.name} ({origin}): {ours.parameters['total'] / 1e6:.2f}M parameters, "
+        f"{ours.prunable['total'] / 1e6:.2f}M prunable"
+    ]
+    if theirs is not None:
+        lines.append(
+            f"teacher {theirs.name}: {theirs.parameters['total'] / 1e6:.2f}M parameters, frozen"
+        )
+    elif config.teacher.path is not None:
+        lines.append(f"teacher {config.teacher.path}: not there yet (teacher.model says its shape)")
+    lines.append(f"  {'parameters':<12}" + "".join(f"{part:>10}" for part in PARTS))
+    for name, summary in (("student", ours), ("teacher", theirs)):
+        if summary is not None:
+            counts = (summary.parameters.get(part) for part in PARTS)
+            cells = ("-" if count is None else f"{count / 1e6:.2f}M" for count in counts)
+            lines.append(f"  {name:<12}" + "".join(f"{cell:>10}" for cell in cells))
+    if config.prune is not None:
+        lines.append(f"prune {config.prune.sparsity:.0%} of the prunable parameters")
+    rows = data.batch * (data.rows_per_image if config.task == "vqa" else 1)
+    return [
+        *lines,
         f"layers: {vision.layers} vision, {text.text_layers} text, {text.fusion_layers} fusion, "
         f"{student.decoder.layers if student.decoder else 0} decoder",
         f"images ({data.batch}, 3, {vision.image_size}, {vision.image_size}) uint8 -> "
         f"({data.batch}, {vision.output_tokens}, {vision.width})",
-        f"text ({data.batch * data.rows_per_image}, {data.max_tokens}) int64",
+        f"text ({rows}, {data.max_tokens}) int64",
     ]
-    if teacher is not None:
-        lines.append(f"teacher {teacher.name}: {teacher_parameters / 1e6:.2f}M parameters, frozen")
-    elif config.teacher.path is not None:
-        lines.append(f"teacher {config.teacher.path}: not there yet")
-    if config.prune is not None:
-        lines.append(f"prune {config.prune.sparsity:.0%} of the prunable parameters")
-    memory = memory_estimate(config, student, parameters, teacher_parameters, ranks)
-    lines.append(
-        f"memory per device, {ranks} ranks, {config.engine.config}, {config.engine.precision}:"
+
+
+# --- work -------------------------------------------------------------------------------------------
+
+
+def _work_lines(config: RunConfig, total: Work, ranks: int, speed: Speed | None) -> list[str]:
+    accumulate, regions = config.engine.accumulate, config.data.region
+    lines = [
+        f"{total.steps:,} steps of {total.global_batch:,} images: {config.data.batch} a micro-batch "
+        f"x {accumulate} accumulated x {ranks} ranks"
+    ]
+    if config.task == "pretrain" and regions.probability:
+        lines.append(
+            f"  and before {regions.probability:.0%} of them a region step: {regions.images} images, "
+            f"{regions.rows} rows a micro-batch"
+        )
+    epochs = "" if total.epochs is None else f", {total.epochs:.1f} epochs"
+    if total.epochs is None:
+        epochs = " (epochs: data.train is not here)"
+    lines.append(f"{total.samples:,} samples{epochs}")
+    a_step = total.flops / total.steps / ranks
+    lines.append(f"{a_step / 1e12:,.2f} TFLOP a step and rank, {total.flops:.2e} FLOP in all")
+    if speed is None:
+        lines.append("hours: give a speed with --samples-per-s N, or --like RUN to take a run's")
+        return lines
+    needed = total.flops_per_s(speed, ranks)
+    precision = config.engine.precision
+    shares = ", ".join(
+        f"{needed / peak:.1%} of {name}"
+        for name in _REFERENCE
+        if (peak := peak_flops(name, precision)) is not None
     )
-    lines += [f"  {name:<14}{value / 2**30:>10.2f} GiB" for name, value in memory.items()]
-    lines.append(f"  {'sum':<14}{sum(memory.values()) / 2**30:>10.2f} GiB")
-    steps, global_batch = config.optim.steps, data.batch * ranks * config.engine.accumulate
-    lines.append(f"{steps:,} steps of {global_batch:,} images over {ranks} ranks")
-    return "\n".join(lines)
+    return [
+        *lines,
+        f"{total.hours(speed):,.1f} hours at {speed.samples_per_s:,.1f} samples/s ({speed.source})",
+        f"  which takes {needed / 1e12:,.1f} TFLOP/s of each device in {precision}: MFU {shares}",
+    ]
+
+
+# --- memory -----------------------------------------------------------------------------------------
+
+
+def _memory_lines(
+    config: RunConfig, student: ModelConfig, teacher: ModelConfig | None, ranks: Sequence[int]
+) -> list[str]:
+    """A row for each number of ranks and ZeRO stage, for the larger of general and region step."""
+    own = zero_stage(engine_settings(config))
+    parameters = summarise(student).parameters["total"]
+
+    @cache
+    def of_step(batch: int, images: int, rows: int) -> StepMemory:
+        region = replace(config.data.region, images=images, rows=rows)
+        sized = replace(config, data=replace(config.data, batch=batch, region=region))
+        kinds = (False, True) if config.task == "pretrain" and region.probability else (False,)
+        found = [step_memory(sized, student, teacher, region=kind) for kind in kinds]
+        return max(found, key=lambda step: step.activations + step.kd)
+
+    rows: list[tuple[int, str, dict[str, int]]] = []
+    refused: list[str] = []
+    for count in sorted(ranks):
+        try:
+            sized = per_rank(config, count)
+        except UserError as error:
+            refused.append(f"  {count:>5}  {error}")
+            continue
+        step = of_step(sized.data.batch, sized.data.region.images, sized.data.region.rows)
+        for stage in range(4):
+            if stage == 0 and config.engine.precision == "fp16":
+                continue  # refused by the engine's settings
+            parts = stage_memory(config, step, parameters, stage, count)
+            rows.append((count, f"{stage}{'*' if stage == own else ' '}", parts))
+    return [*_table(config, rows), *refused]
+
+
+def _table(config: RunConfig, rows: list[tuple[int, str, dict[str, int]]]) -> list[str]:
+    large = any(parts["peak"] >= 2**30 for _, _, parts in rows)
+    unit, name = (2**30, "GiB") if large else (2**20, "MiB")
+    recompute = ", activation checkpointing" if config.engine.activation_checkpointing else ""
+    return [
+        f"memory per device in {name}, {config.engine.precision}{recompute} "
+        "(* is this recipe's stage; peak: what lives at once):",
+        f"  {'ranks':>5} {'ZeRO':>5}" + "".join(f"{column:>12}" for column in _COLUMNS),
+        *(
+            f"  {count:>5} {stage:>5}"
+            + "".join(f"{parts[column] / unit:>12.2f}" for column in _COLUMNS)
+            for count, stage, parts in rows
+        ),
+    ]
