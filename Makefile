@@ -14,10 +14,11 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help test demo lint clean install warm
+.PHONY: help test test-full demo lint clean install warm
 
 help:
 	@echo "make test    set up .venv and run the whole test suite"
+	@echo "make test-full  the whole grid of ZeRO stages, accumulation, checkpointing and offload, recorded in benchmarks/results"
 	@echo "make demo    set up .venv, then distil, prune and compare on the embedded data set (15 minutes on 2 cores)"
 	@echo "make lint    ruff, pyright, import-linter and codespell"
 	@echo "make clean   remove .venv, caches and the demo's results"
@@ -42,6 +43,11 @@ warm: $(WARM)
 # Two at a time; tests that start several processes stay in one group and run one after the other (tests/conftest.py).
 test: $(WARM)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
+
+# All 42 cells where `make test` takes a pairwise choice.
+test-full: $(WARM)
+	OMP_NUM_THREADS=1 ESPALIER_ZERO_GRID=benchmarks/results/zero_grid.json \
+		$(PY) -m pytest tests/distributed/test_zero_stages.py
 
 demo: $(WARM)
 	$(PY) -m train.demo

@@ -17,6 +17,7 @@ import faulthandler
 import gc
 import importlib
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -82,7 +83,7 @@ class RankPool:
         if not self._processes:
             self._start()
         for pipe in self._pipes:
-            pipe.send((reference, args, timeout))
+            pipe.send_bytes(pickle.dumps((reference, args, timeout)))
         try:
             return self._collect(reference, timeout + GRACE_SECONDS)
         except BaseException:
@@ -93,7 +94,7 @@ class RankPool:
         """Sends the ranks home: they leave the group together."""
         for pipe in self._pipes:
             with contextlib.suppress(OSError):
-                pipe.send(None)
+                pipe.send_bytes(pickle.dumps(None))
         deadline = time.monotonic() + 30.0
         for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -138,7 +139,7 @@ class RankPool:
                 assert isinstance(pipe, Connection)
                 rank = self._pipes.index(pipe)
                 try:
-                    good, value = pipe.recv()
+                    good, value = pickle.loads(pipe.recv_bytes())
                 except (EOFError, OSError):
                     raise self._complaint(reference, [rank], "the process is gone") from None
                 if not good:
@@ -180,7 +181,7 @@ def _serve(descriptor: int) -> None:
     from train.runtime.distributed import finish, start
 
     start()
-    while (call := pipe.recv()) is not None:
+    while (call := pickle.loads(pipe.recv_bytes())) is not None:
         reference, args, timeout = call
         faulthandler.dump_traceback_later(timeout, exit=True)
         try:
@@ -192,7 +193,8 @@ def _serve(descriptor: int) -> None:
         except BaseException:
             answer = (False, traceback.format_exc())
         faulthandler.cancel_dump_traceback_later()
-        pipe.send(answer)
+        # Plain pickle: torch would send tensors through shared memory of a process that may be gone.
+        pipe.send_bytes(pickle.dumps(answer))
     finish()
 
 
