@@ -321,9 +321,21 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class LogConfig:
+    """What a run writes about itself, in general steps.
+
+    Attributes:
+        every: a record of the metrics.   histograms_every: distributions, and gates as heat maps.
+        pictures_every: pictures of data, predictions, attention.
+        wandb: project on Weights & Biases to log to as well; None: no.
+        stall_minutes: without a finished step until each rank writes the stacks of its threads into
+            its log; 0: never.
+    """
+
     every: int = 20
     histograms_every: int = 200
     pictures_every: int = 500
+    wandb: str | None = None
+    stall_minutes: float = 15.0
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
