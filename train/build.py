@@ -201,7 +201,7 @@ def build(config: RunConfig, dist: Distributed) -> Run:
     engine = build_engine(
         config,
         EngineModule(student, task, teacher),
-        parameter_groups(student, set(first.fresh), config.optim),
+        parameter_groups(student, set(first.fresh), config.optim, task.trainable_modules()),
     )
 
     def loader(kind: str, source: str | Sequence[SourceConfig], train: bool) -> Loader:

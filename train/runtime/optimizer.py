@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ _HEADS_WITH_NORMS = ("itm_head", "bbox_head", "cls_head", "contrastive")
 
 
 def parameter_groups(
-    student: nn.Module, new_modules: set[str], optim: OptimConfig
+    student: nn.Module,
+    new_modules: set[str],
+    optim: OptimConfig,
+    extras: Mapping[str, nn.Module] | None = None,
 ) -> list[dict[str, Any]]:
     """AdamW groups {decay, no decay} x {lr, new lr}, empty ones left out, in a fixed order.
 
@@ -29,6 +33,9 @@ def parameter_groups(
     below a module named in `new_modules` (or named there themselves) get `new_lr_multiplier`
     (EfficientVLM section 4). With `optim.published_decay` the norm weights inside the MLP heads and
     the temperature do decay: the published rule goes by names and misses theirs.
+
+    Args:
+        extras: modules trained beside the student (`Task.trainable_modules`), all of them new.
 
     Raises:
         ValueError: a name in `new_modules` matches nothing.
@@ -43,8 +50,11 @@ def parameter_groups(
         for new in (False, True)
         for decays in (True, False)
     }
+    extras = extras or {}
     unmatched = set(new_modules)
-    for name, parameter in student.named_parameters():
+    new_modules = new_modules | extras.keys()
+    beside = (extra.named_parameters(prefix=name) for name, extra in extras.items())
+    for name, parameter in chain(student.named_parameters(), *beside):
         if not parameter.requires_grad:
             continue
         hits = {module for module in new_modules if name == module or name.startswith(f"{module}.")}

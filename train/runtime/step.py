@@ -40,13 +40,14 @@ class EngineModule(nn.Module):
     """What DeepSpeed wraps: the student, and around it the task and the teacher, which it must not
     see.
 
-    Only `student` is a submodule, so only its parameters are cast, partitioned, optimized and
-    saved.
+    Only the student and what a task trains beside it (`Task.trainable_modules`) are submodules, so
+    only their parameters are cast, partitioned, optimized and saved.
     """
 
     def __init__(self, student: XVLM, task: Task, teacher: Any | None = None) -> None:
         super().__init__()
         self.student = student
+        self.extra = nn.ModuleDict(task.trainable_modules())
         self._unregistered = (task, teacher)
         # Compiled passes may replay CUDA graphs, whose outputs live until the next step begins.
         self.replays_graphs = bool(getattr(teacher, "compiled", False))

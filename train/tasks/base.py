@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.batches import Batch
 from train.losses.gather import mean_counts
@@ -78,9 +78,17 @@ class Losses:
 
 
 class Task(ABC):
-    """One training objective. Holds no parameters and no state of a step."""
+    """One training objective. Holds no state of a step, and no parameters of its own: what it
+    trains beside the student belongs to the engine.
+    """
 
     name: ClassVar[str]
+
+    def trainable_modules(self) -> dict[str, nn.Module]:
+        """Modules to train beside the student, which are no part of it (its folder does not hold
+        them), such as projections between widths. The engine shards and saves them.
+        """
+        return {}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """What the means of this task's terms are over, where ranks or micro-batches may differ in

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from models.config import ModelConfig, TextConfig
@@ -27,8 +28,10 @@ from train.losses.distillation import (
     hidden_mse,
     layer_pairs,
 )
+from train.tasks.base import Task
 
 __all__ = [
+    "Distils",
     "StackPairs",
     "capture",
     "hidden_projections",
@@ -138,7 +141,7 @@ def hidden_projections(student: ModelConfig, teacher: ModelConfig) -> nn.ModuleD
     One for each residual stream, shared by all its layers (TinyBERT, 1909.10351): "vision", "text"
     (text and fusion layers) and "decoder". They are trained with the student and belong into the
     engine's module, but are no part of the student: its folder does not hold them. They start as
-    isometries, so that states keep their lengths.
+    isometries, so that states keep their lengths, the same on every rank and in every run.
     """
     widths = {"vision": (student.vision.width, teacher.vision.width)}
     widths["text"] = (student.text.width, teacher.text.width)
@@ -147,11 +150,27 @@ def hidden_projections(student: ModelConfig, teacher: ModelConfig) -> nn.ModuleD
     result = nn.ModuleDict()
     for name, (ours, theirs) in widths.items():
         if ours != theirs:
-            linear = nn.Linear(ours, theirs)
-            nn.init.orthogonal_(linear.weight)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                linear = nn.Linear(ours, theirs)
+                nn.init.orthogonal_(linear.weight)
             nn.init.zeros_(linear.bias)
             result[name] = linear
     return result
+
+
+class Distils(Task):
+    """What tasks with a teacher share: the projections between the two models' widths."""
+
+    projections: nn.ModuleDict | None = None
+
+    def trainable_modules(self) -> dict[str, nn.Module]:
+        return {"projections": self.projections} if self.projections else {}
+
+    def project(self, stream: str) -> nn.Module | None:
+        """The projection of a residual stream ("vision", "text", "decoder"), where widths differ."""
+        known = self.projections
+        return known[stream] if known is not None and stream in known else None
 
 
 def upper_part(whole: LayerPairs, first: int) -> LayerPairs:

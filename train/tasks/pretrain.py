@@ -22,8 +22,8 @@ from train.losses import vl
 from train.losses.distillation import LayerPairs, contrastive_kl, logits_kl
 from train.losses.gather import RowExchange
 from train.runtime.teacher import Teacher
-from train.tasks.base import Losses, StepContext, Task, scaled
-from train.tasks.kd import capture, pass_terms, rows, stack_pairs
+from train.tasks.base import Losses, StepContext, scaled
+from train.tasks.kd import Distils, capture, hidden_projections, pass_terms, rows, stack_pairs
 
 __all__ = ["PretrainTask"]
 
@@ -75,7 +75,7 @@ class _Partners:
         self.texts = RowExchange(negatives.text_for_image, count, local)
 
 
-class PretrainTask(Task):
+class PretrainTask(Distils):
     """ITC, ITM, MLM and box losses; with a teacher also the KD terms of section 3.2.
 
     Gradients averaged over ranks are those of one process with the whole batch: ITC and its KD by
@@ -98,7 +98,10 @@ class PretrainTask(Task):
     ) -> None:
         self.weights = weights
         self.kd = kd
-        self.plan = None if teacher is None else _Plan.between(kd, student, teacher)
+        self.plan = None
+        if teacher is not None:
+            self.plan = _Plan.between(kd, student, teacher)
+            self.projections = hidden_projections(student, teacher)
         self.global_negatives = global_negatives
         self.published_itc = published_itc
 
@@ -241,16 +244,24 @@ class PretrainTask(Task):
             self._mlm(model, target, batch, "teacher")
             theirs = self._teacher_similarities(model, target)
         assert target.matched is not None and target.mlm is not None
+        words, pixels = self.project("text"), self.project("vision")
         fusion = [
             pass_terms(
-                kd, rows(done.matched, *cut), rows(target.matched, *cut), plan.fusion, cross=True
-            )
+                kd,
+                rows(done.matched, *cut),
+                rows(target.matched, *cut),
+                plan.fusion,
+                cross=True,
+                project=words,
+            )  # fmt: skip
             for cut in ((0, count), (count, 3 * count))
         ]
         # The whole MLM pass counts as fusion, its text layers too (they see masked text here).
-        fusion.append(pass_terms(kd, done.mlm, target.mlm, plan.multimodal, cross=True))
-        image = pass_terms(kd, done.image, target.image, plan.image, drop_last=True)
-        text = pass_terms(kd, done.text, target.text, plan.text)
+        fusion.append(
+            pass_terms(kd, done.mlm, target.mlm, plan.multimodal, cross=True, project=words)
+        )
+        image = pass_terms(kd, done.image, target.image, plan.image, drop_last=True, project=pixels)
+        text = pass_terms(kd, done.text, target.text, plan.text, project=words)
         terms, weights = {}, {}
 
         def add(name: str, value: Tensor, weight: float) -> None:

@@ -16,8 +16,8 @@ from train.evaluation.vqa import AnswerList, evaluate_batch
 from train.losses import vl
 from train.losses.distillation import LayerPairs, logits_kl
 from train.runtime.teacher import Teacher
-from train.tasks.base import Losses, StepContext, Task, scaled
-from train.tasks.kd import capture, pass_terms, stack_pairs, upper_part
+from train.tasks.base import Losses, StepContext, scaled
+from train.tasks.kd import Distils, capture, hidden_projections, pass_terms, stack_pairs, upper_part
 
 __all__ = ["VqaTask"]
 
@@ -63,7 +63,7 @@ class _Pass:
     logits: Tensor  # (A, La, V)
 
 
-class VqaTask(Task):
+class VqaTask(Distils):
     """Language-model loss on weighted answers; accuracy by ranking the answer list.
 
     Args:
@@ -84,7 +84,10 @@ class VqaTask(Task):
     ) -> None:
         self.weights = weights
         self.kd = kd
-        self.plan = None if teacher is None else _Plan.between(kd, student, teacher)
+        self.plan = None
+        if teacher is not None:
+            self.plan = _Plan.between(kd, student, teacher)
+            self.projections = hidden_projections(student, teacher)
         self.answers = answers
         self.top_k = top_k
 
@@ -152,10 +155,16 @@ class VqaTask(Task):
         assert plan is not None
         with teacher.running() as model:
             target = self._run(model, batch, "teacher")
-        image = pass_terms(kd, done.image, target.image, plan.image, drop_last=True)
-        text = pass_terms(kd, done.question, target.question, plan.text)
-        fusion = pass_terms(kd, done.question, target.question, plan.fusion, cross=True)
-        decoder = pass_terms(kd, done.answer, target.answer, plan.decoder, cross=True)
+        words, answers = self.project("text"), self.project("decoder")
+        image = pass_terms(
+            kd, done.image, target.image, plan.image, drop_last=True, project=self.project("vision")
+        )
+        ours, theirs = done.question, target.question
+        text = pass_terms(kd, ours, theirs, plan.text, project=words)
+        fusion = pass_terms(kd, ours, theirs, plan.fusion, cross=True, project=words)
+        decoder = pass_terms(
+            kd, done.answer, target.answer, plan.decoder, cross=True, project=answers
+        )
         # Positions whose next token is real: padding has no prediction worth imitating.
         answer = logits_kl(
             done.logits[:, :-1], target.logits[:, :-1], kd.temperature, batch.answer_mask[:, 1:]

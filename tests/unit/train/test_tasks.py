@@ -266,3 +266,35 @@ def test_the_teacher_is_frozen_and_in_evaluation_mode():
     with teacher.running() as running:
         assert not torch.is_grad_enabled()
         assert running is teacher.model
+
+
+@pytest.mark.parametrize("form", ["pretrain", "vqa"])
+def test_a_wider_teacher_is_reached_through_learned_projections(form):
+    """Projections are trained beside the student, start alike everywhere, and are no part of it."""
+    torch.manual_seed(1)
+    name = "blocksworld-micro-teacher"
+    slim = presets.config(name, form=form, text={"vocab_size": VOCABULARY})
+    student = XVLM(slim)
+    shape = {
+        "vision": {"width": 24 * slim.vision.heads[0], "head_dim": 24},
+        "text": {"width": 24 * slim.text.heads[0], "head_dim": 24, "vocab_size": VOCABULARY},
+    }
+    teacher_model = presets.create(name, form=form, **shape)
+    teacher = Teacher(teacher_model, torch.float32, torch.device("cpu"), "torch")
+    kinds = {"pretrain": (PretrainTask, pretrain_batch), "vqa": (VqaTask, vqa_batch)}
+    task_class, batch_of = kinds[form]
+    task = task_class({}, KdConfig(), student.config, teacher_model.config)
+    again = task_class({}, KdConfig(), student.config, teacher_model.config)
+    modules = task.trainable_modules()["projections"]
+    expected = {"vision", "text"} | ({"decoder"} if form == "vqa" else set())
+    assert set(modules) == expected
+    for one, two in zip(
+        modules.parameters(), again.trainable_modules()["projections"].parameters(), strict=True
+    ):
+        assert torch.equal(one, two)
+    losses = task.losses(student, teacher, batch_of(student.config), context())
+    losses.total().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in modules.parameters())
+    assert not any("projections" in key for key in student.state_dict())
+    equal = task_class({}, KdConfig(), student.config, student.config)
+    assert equal.trainable_modules() == {}
