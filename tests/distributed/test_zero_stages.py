@@ -27,6 +27,7 @@ from tests.distributed.zero_grid import (
     Case,
     all_cases,
     differences,
+    losses_of_all_terms,
     losses_of_two_runs,
     pairwise,
     train_case,
@@ -115,6 +116,23 @@ def test_two_runs_have_the_same_losses_bit_for_bit(pool: RankPool) -> None:
     for first, second in pool.run(losses_of_two_runs):
         assert len(first) == 6 and all(loss == loss for loss in first)
         assert first == second
+
+
+def losses_in_both_precisions(stage: int) -> tuple[list[float], list[float], list[float]]:
+    full, _ = losses_of_all_terms(Case(stage))
+    half, scales = losses_of_all_terms(Case(stage), precision="fp16", max_loss_scale=1024.0)
+    return full, half, scales
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    reason="DeepSpeed trains in fp16 on CPUs with AVX512-FP16 only",
+)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_follows_fp32_at_the_published_loss_scale(pool: RankPool, stage: int) -> None:
+    for full, half, scales in pool.run(losses_in_both_precisions, stage):
+        assert half == pytest.approx(full, rel=5e-3) and half != full
+        assert scales == [1024.0] * 6
 
 
 # --- steps that are skipped -----------------------------------------------------------------------

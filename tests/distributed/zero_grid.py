@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -187,29 +187,35 @@ def train_case(case: Case) -> dict[str, Tensor]:
 
 def losses_of_two_runs() -> tuple[list[float], list[float]]:
     """On a rank: the total losses of six steps with every term and with dropout, trained twice."""
-    first, second = _all_losses(), _all_losses()
-    return first, second
+    return losses_of_all_terms(Case(1, 2), 0.1)[0], losses_of_all_terms(Case(1, 2), 0.1)[0]
 
 
-def _all_losses() -> list[float]:
-    place, config = start(), run_config(Case(1, 2))
+def losses_of_all_terms(
+    case: Case, dropout: float = 0.0, **engine: Any
+) -> tuple[list[float], list[float]]:
+    """On a rank: the total losses of six steps with every term, and the loss scale after each."""
+    place, config = start(), run_config(case)
+    config = replace(config, kd=KdConfig(), engine=replace(config.engine, **engine))
     _, teacher = models()
     torch.manual_seed(0)
-    dropout = {"dropout": 0.1, "attention_dropout": 0.1}
-    student = presets.create("blocksworld-micro-student", text=dropout).train()
-    task = PretrainTask({}, KdConfig(), student.config, teacher.model.config)
+    text = {"dropout": dropout, "attention_dropout": dropout}
+    student = presets.create("blocksworld-micro-student", text=text).train()
+    task = PretrainTask({}, config.kd, student.config, teacher.model.config)
     module = EngineModule(student, task, teacher)
-    batches = _micro_batches(place.rank, 2)
-    losses = []
-    with destroyed(build_engine(config, module, groups(student, config))) as engine:
+    batches = _micro_batches(place.rank, case.accumulate)
+    losses, scales = [], []
+    with destroyed(build_engine(config, module, groups(student, config))) as built:
         for step in range(6):
 
             def context_of(micro: int, step: int = step) -> StepContext:
                 generator = keyed_generator(0, step, "general", micro)
                 return StepContext(step, place.rank, place.world_size, generator)
 
-            losses.append(train_step(engine, batches, context_of).loss)
-    return losses
+            result = train_step(built, batches, context_of)
+            assert result.applied
+            losses.append(result.loss)
+            scales.append(float(getattr(built.optimizer, "loss_scale", 1.0)))
+    return losses, scales
 
 
 def train_plainly() -> dict[str, Tensor]:
