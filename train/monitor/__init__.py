@@ -16,8 +16,12 @@ from train.monitor.console import Console
 from train.monitor.jsonl import JsonlWriter
 from train.monitor.tensorboard import TensorBoard
 from train.monitor.throughput import Throughput
+from train.monitor.wandb import WandB, require_wandb
 
 __all__ = ["Monitor", "flatten"]
+
+# Tags whose last value says how a run ended.
+_FINAL = ("loss/total", "validation/", "sparsity/actual", "samples_per_s", "mfu")
 
 
 def flatten(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -79,6 +83,11 @@ class Monitor:
         samples_per_epoch: for the "epoch" of a record that has none.
         stream: where progress goes, default stderr.
         clock: monotonic seconds, for rates.
+        settings: the run's configuration, flat: a table in TensorBoard, and with the final metrics
+            its HPARAMS page.
+
+    Raises:
+        UserError: on every rank, when log.wandb names a project and the package is missing.
     """
 
     def __init__(
@@ -91,7 +100,9 @@ class Monitor:
         samples_per_epoch: int = 0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
+        require_wandb(log.wandb)
         self.log = log
         self.throughput = Throughput(total_steps, clock=clock)
         self._total = total_steps
@@ -99,6 +110,8 @@ class Monitor:
         self._samples_per_epoch = samples_per_epoch
         self._pending: list[dict[str, Any]] = []
         self._flushed_step = resume_step
+        self._settings, self._final = dict(settings or {}), dict[str, float]()
+        self._wandb: WandB | None = None
         if not self._active:
             return
         directory = Path(directory)
@@ -106,6 +119,10 @@ class Monitor:
         self._jsonl = JsonlWriter(directory / "metrics.jsonl", resume_step)
         self._board = TensorBoard(directory / "tensorboard", resume_step)
         self._console = Console(total_steps, resume_step, stream)
+        if log.wandb is not None:
+            self._wandb = WandB(log.wandb, directory, self._settings)
+        if self._settings:
+            self._board.table(resume_step, "configuration", self._settings)
 
     def waiting(self) -> AbstractContextManager[None]:
         """Counts the time inside as waiting for data."""
@@ -151,7 +168,10 @@ class Monitor:
                 if isinstance(value, int | float) and tag not in ("step", "time")
             }
             self._board.scalars(line["step"], scalars, line["time"])
+            if self._wandb is not None:
+                self._wandb.scalars(line["step"], scalars)
             shown.update(scalars)
+        self._final |= {tag: value for tag, value in shown.items() if tag.startswith(_FINAL)}
         self._jsonl.flush()
         self._board.flush()
         self._flushed_step = pending[-1]["step"]
@@ -174,8 +194,31 @@ class Monitor:
 
     def pictures(self, step: int, tag: str, images: Tensor, captions: Sequence[str]) -> None:
         """Writes pictures (N, 3, H, W) uint8 with a caption under each."""
-        if self._active:
-            self._board.pictures(step, tag, images, captions)
+        if not self._active:
+            return
+        self._board.pictures(step, tag, images, captions)
+        if self._wandb is not None:
+            self._wandb.pictures(step, tag, images, captions)
+
+    def image(self, step: int, tag: str, image: Tensor) -> None:
+        """Writes one picture (3, H, W) uint8 as it is."""
+        if not self._active:
+            return
+        self._board.image(step, tag, image)
+        if self._wandb is not None:
+            self._wandb.image(step, tag, image)
+
+    def finished(self) -> None:
+        """The run is through: its settings and final metrics (losses, validation, sparsity, speed)
+        go together onto TensorBoard's HPARAMS page. A run that is stopped has none yet.
+        """
+        if not self._active:
+            return
+        self.flush()
+        final = {f"final/{tag}": value for tag, value in self._final.items()}
+        self._board.hparams(self._flushed_step, self._settings, final)
+        if self._wandb is not None:
+            self._wandb.summary(final)
 
     def message(self, text: str) -> None:
         """Tells the reader of the console something."""
@@ -193,6 +236,8 @@ class Monitor:
             self._jsonl.close()
             self._board.close()
             self._console.close()
+            if self._wandb is not None:
+                self._wandb.close()
 
     def __enter__(self) -> Self:
         return self

@@ -19,6 +19,7 @@ _SHOWN = {
     "sparsity/expected": "sparsity",
     "sparsity/target": "target",
     "samples_per_s": "samples/s",
+    "mfu": "mfu",
 }
 
 

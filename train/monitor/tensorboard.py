@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,14 @@ from train.monitor.pictures import caption_grid
 __all__ = ["TensorBoard"]
 
 
+def _cell(value: Any) -> str:
+    """Text that cannot be markup or end a cell of TensorBoard's Markdown."""
+    safe = str(value).replace("`", "'").replace("|", "\\|").replace("\n", " ")
+    return f"`{safe}`" if safe else " "
+
+
 class TensorBoard:
-    """Writes scalars, histograms, pictures and texts.
+    """Writes scalars, histograms, pictures, texts and settings.
 
     Args:
         folder: made when missing.
@@ -44,11 +51,40 @@ class TensorBoard:
 
     def pictures(self, step: int, tag: str, images: Tensor, captions: Sequence[str]) -> None:
         """Writes the pictures as one grid with captions, and the captions as text."""
-        self._writer.add_image(tag, caption_grid(images, captions), step)
+        self.image(step, tag, caption_grid(images, captions))
         # Four spaces make a code block in TensorBoard's Markdown, so that a caption cannot be
         # markup.
         blocks = ("\n".join(f"    {line}" for line in text.split("\n")) for text in captions)
         self._writer.add_text(tag, "\n\n---\n\n".join(blocks), step)
+
+    def image(self, step: int, tag: str, image: Tensor) -> None:
+        """Writes one picture (3, H, W) uint8."""
+        self._writer.add_image(tag, image, step)
+
+    def table(self, step: int, tag: str, rows: Mapping[str, Any]) -> None:
+        """Writes names and values as a text table."""
+        lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
+        self._writer.add_text(tag, "\n".join(["| key | value |", "|---|---|", *lines]), step)
+
+    def hparams(self, step: int, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Writes the run's settings beside its final metrics, for the HPARAMS page.
+
+        Into this run's own event file: SummaryWriter.add_hparams would start a run below it.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {
+            # torch takes a bool for the number 1
+            name: value
+            if isinstance(value, int | float) and not isinstance(value, bool)
+            else str(value)
+            for name, value in values.items()
+        }
+        assert self._writer.file_writer is not None
+        for summary in hparams(plain, dict(metrics)):
+            self._writer.file_writer.add_summary(summary)
+        for tag, value in metrics.items():
+            self._writer.add_scalar(tag, value, step)
 
     def flush(self) -> None:
         """Writes what is queued."""
