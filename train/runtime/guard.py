@@ -7,6 +7,7 @@ import math
 import statistics
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 from train.config import OptimConfig
 
@@ -26,14 +27,13 @@ class StepGuard:
 
     A spike is a total loss above `spike_factor` times the median of the last `spike_window` steps
     of its kind. Region steps have terms that general steps have not, so each kind has a median of
-    its own; it counts once it is of 20 steps (or the whole window, if that is shorter). A resumed
-    run gathers it anew.
+    its own; it counts once it is of 20 steps (or the whole window, if that is shorter).
 
     Args:
         limit: skipped steps in a row that end the run.   spike_factor: 0 takes no loss for a spike.
 
     Attributes:
-        nonfinite, spikes: steps skipped for either reason since this process began.
+        nonfinite, spikes: steps skipped for either reason.
     """
 
     def __init__(self, limit: int = 20, spike_factor: float = 0.0, spike_window: int = 100) -> None:
@@ -55,6 +55,23 @@ class StepGuard:
     def total(self) -> int:
         """All skipped steps."""
         return self.nonfinite + self.spikes
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on with: losses seen and steps skipped, in plain values."""
+        return {
+            "losses": {kind: list(seen) for kind, seen in self._losses.items()},
+            "in_a_row": self.in_a_row,
+            "nonfinite": self.nonfinite,
+            "spikes": self.spikes,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict`; the window may have another length now."""
+        self._losses = {
+            kind: deque(seen, maxlen=self.window) for kind, seen in state["losses"].items()
+        }
+        self.in_a_row = state["in_a_row"]
+        self.nonfinite, self.spikes = state["nonfinite"], state["spikes"]
 
     def loss_limit(self, kind: str = "general") -> float:
         """The largest total loss that a step of this kind may have; infinity while it is unknown."""

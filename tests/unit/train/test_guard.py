@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -61,3 +62,17 @@ def test_settings_that_cannot_work_are_refused_by_name(key: str, value: float) -
 def test_the_run_file_decides() -> None:
     guard = StepGuard.of(OptimConfig(skip_limit=3, spike_factor=4.0, spike_window=7))
     assert (guard.limit, guard.factor, guard.window) == (3, 4.0, 7)
+
+
+def test_a_resumed_guard_decides_as_the_first_one_would() -> None:
+    guard = fed(StepGuard(limit=3, spike_factor=2.0), [float(i) for i in range(30)])
+    fed(guard, [5.0] * 25, "region")
+    guard.see(False, 0)
+    guard.see(True, 0, spike=True)
+    resumed = StepGuard(limit=3, spike_factor=2.0)
+    resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    for kind in ("general", "region"):
+        assert resumed.loss_limit(kind) == guard.loss_limit(kind) < math.inf
+    assert (resumed.nonfinite, resumed.spikes) == (1, 1)
+    with pytest.raises(NonFiniteError):
+        resumed.see(False, 1)
