@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import re
 from collections.abc import Sequence
@@ -85,7 +86,12 @@ class TextEncoder:
         self.pad = _id(tokenizer, "pad")
         self.cls = _id(tokenizer, "cls")
         self.sep = _id(tokenizer, "sep")
-        self._tokenizer = tokenizer
+        # A copy: transformers turns padding and truncation on in its own with every padded call, and
+        # they stay on; then ids would hold padding before [SEP], as much as the batch's longest text
+        # asks for.
+        self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._backend.no_padding()
+        self._backend.no_truncation()
         self._cache: dict[str, list[int]] = {}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -98,7 +104,7 @@ class TextEncoder:
                 new = list(dict.fromkeys(texts))
             cleaned = [clean_text(text, self.max_words) for text in new]
             # The Rust tokenizer directly: transformers' wrapper costs several times as much a call.
-            encoded = self._tokenizer.backend_tokenizer.encode_batch_fast(
+            encoded = self._backend.encode_batch_fast(
                 cleaned, add_special_tokens=False
             )
             for text, encoding in zip(new, encoded, strict=True):

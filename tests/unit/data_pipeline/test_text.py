@@ -45,6 +45,17 @@ def test_encoding_equals_transformers(tokenizer):
         )
 
 
+def test_padding_that_others_turned_on_does_not_matter(tokenizer):
+    """A padded call of transformers leaves padding on in the tokenizer that all share."""
+    texts = ["red", "what colour is the circle"]
+    encoder, early = TextEncoder(tokenizer, 8), TextEncoder(tokenizer, 8)
+    expected = early.encode(texts)
+    tokenizer(texts, padding="longest", truncation=True, max_length=3)
+    assert tokenizer.backend_tokenizer.padding is not None
+    assert encoder.encode(texts) == expected
+    assert TextEncoder(tokenizer, 8).encode(texts) == expected
+
+
 def test_cache_gives_the_same_and_does_not_travel(tokenizer):
     encoder = TextEncoder(tokenizer, 8)
     first = encoder.encode(["a red circle", "how many"])
