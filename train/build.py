@@ -17,11 +17,13 @@ from models.config import ModelConfig
 from models.gates import GateBank
 from models.xvlm import XVLM
 from train.checkpoint.manager import CheckpointManager
+from train.checkpoint.state import plain_config
 from train.config import RemoteConfig, RunConfig, SourceConfig
 from train.evaluation.pictures import vqa_pictures
 from train.evaluation.runner import evaluate
 from train.evaluation.vqa import AnswerList
 from train.monitor import Monitor
+from train.monitor.flops import StepCost, step_cost
 from train.runtime.distributed import Distributed
 from train.runtime.engine import build_engine, parameter_groups
 from train.runtime.gate_optimizer import GateOptimizer
@@ -55,6 +57,7 @@ class Run:
     first: FirstWeights
     teacher: Teacher | None
     engine: Any  # deepspeed.DeepSpeedEngine
+    cost: StepCost | None  # of a micro-batch, for MFU
     loader: Loader
     region_loader: Loader | None
     gates: GateOptimizer | None
@@ -220,6 +223,7 @@ def build(config: RunConfig, dist: Distributed) -> Run:
             config.log,
             resume_step,
             run.loader.samples_per_epoch,
+            settings=plain_config(config),
         )
 
     run = Run(
@@ -231,6 +235,9 @@ def build(config: RunConfig, dist: Distributed) -> Run:
         first=first,
         teacher=teacher,
         engine=engine,
+        cost=step_cost(
+            config, student.config, None if teacher_model is None else teacher_model.config
+        ),
         loader=loader(kind, config.data.train, True),
         region_loader=loader("region", config.data.region_train or config.data.train, True)
         if regions

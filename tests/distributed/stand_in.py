@@ -134,6 +134,8 @@ class ListMonitor:
 
     def histograms(self, step: int, values: dict[str, Tensor]) -> None: ...
 
+    def finished(self) -> None: ...
+
 
 def tiny_config(out: Path, **sections: Any) -> RunConfig:
     """A run file of 20 steps with region steps, fp32."""
@@ -178,6 +180,7 @@ def tiny_run(config: RunConfig, dist: Distributed, task: Task | None = None) -> 
         loader=TinyLoader(dist.rank),
         region_loader=TinyLoader(dist.rank, "region"),
         gates=None,
+        cost=None,
         monitor=ListMonitor(),
         checkpoints=CheckpointManager.of(config.checkpoint, directory / "checkpoints"),
         tokenizer=None,

@@ -15,6 +15,8 @@ from data_pipeline.faults import FAULT_KINDS
 from data_pipeline.remote import COUNTERS
 from train.monitor.deepspeed import EngineEvents
 from train.monitor.flops import device_peak
+from train.monitor.heatmaps import gate_heatmaps
+from train.runtime.gate_optimizer import GateOptimizer
 from train.runtime.guard import StepGuard
 from train.runtime.schedules import lr_at
 from train.runtime.step import StepResult
@@ -22,7 +24,7 @@ from train.runtime.step import StepResult
 if TYPE_CHECKING:
     from train.build import Run
 
-__all__ = ["Window", "make_record"]
+__all__ = ["Window", "gate_pictures", "make_record"]
 
 
 @dataclass
@@ -140,3 +142,10 @@ def _data_counters(run: Run) -> dict[str, dict[str, int]]:
     if any(totals[len(faults) :]):
         record["transfers"] = dict(zip(transfers, totals[len(faults) :], strict=True))
     return record
+
+
+def gate_pictures(gates: GateOptimizer) -> dict[str, Tensor]:
+    """Heat maps of how open each gate is expected to be; of the structure once it is fixed."""
+    bank = gates.bank
+    flat = gates.hard_gates() if gates.frozen else bank.probabilities_open()
+    return gate_heatmaps(bank.split(flat))

@@ -124,7 +124,12 @@ def test_records_have_the_layout_of_the_run_directory(ran: dict[str, Any]) -> No
     assert last["metrics"] == {"rows": 4.0}
     assert last["lr"] == lr_at(OptimConfig(lr=1e-3, steps=20), 19)
     assert last["samples_per_s"] > 0 and 0 <= last["data_wait"] <= 1 and last["grad_norm"] > 0
-    assert set(last["faults"]) == {"nonfinite", *FAULT_KINDS} and not any(last["faults"].values())
+    assert set(last["lr_groups"]) == {"decay", "no_decay", "decay_new", "no_decay_new"}
+    assert last["lr_groups"]["decay_new"] == pytest.approx(2 * last["lr"])
+    assert "tflops" not in last and "loss_scale" not in last, "nothing is known of them here"
+    assert set(last["faults"]) == {"nonfinite", "spikes", *FAULT_KINDS} and not any(
+        last["faults"].values()
+    )
 
 
 def test_validation_runs_when_due_and_at_the_end(ran: dict[str, Any]) -> None:

@@ -164,6 +164,7 @@ def test_settings_stand_beside_final_metrics(tmp_path: Path) -> None:
     experiment = plugin_data_pb2.HParamsPluginData.FromString(content).experiment
     assert {m.name.tag for m in experiment.metric_infos} == {
         "final/loss/total",
+        "final/samples_per_s",
         "final/validation/itm",
     }
     assert events.Scalars("final/loss/total")[0].value == 0.5
