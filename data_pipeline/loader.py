@@ -18,6 +18,12 @@ from typing import Any, Protocol, cast
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from data_pipeline.assemblers import (
+    CaptionAssembler,
+    GroundingAssembler,
+    Nlvr2Assembler,
+    RetrievalAssembler,
+)
 from data_pipeline.batches import Batch
 from data_pipeline.collate import Assembler, PretrainAssembler, RegionAssembler, VqaAssembler
 from data_pipeline.faults import FaultError, FaultLedger
@@ -37,11 +43,28 @@ __all__ = ["DataSource", "Loader", "RegionOptions", "build_loader"]
 
 _LOG = logging.getLogger(__name__)
 # Which record a loader task reads, and which folders hold such records.
-_SCHEMAS = {"pretrain": "pretrain", "region": "pretrain", "vqa": "vqa"}
+_SCHEMAS = {
+    "pretrain": "pretrain",
+    "region": "pretrain",
+    "vqa": "vqa",
+    "nlvr2": "nlvr2",
+    "retrieval": "retrieval",
+    "captioning": "captioning",
+    "grounding": "grounding",
+}
 _ACCEPTED = {
     "pretrain": ("pretrain", "captioning", "retrieval"),
     "region": ("pretrain",),
     "vqa": ("vqa",),
+    "nlvr2": ("nlvr2",),
+    "retrieval": ("retrieval", "captioning"),
+    "captioning": ("captioning", "retrieval"),
+    "grounding": ("grounding",),
+}
+_SIMPLE = {
+    "nlvr2": Nlvr2Assembler,
+    "retrieval": RetrievalAssembler,
+    "grounding": GroundingAssembler,
 }
 # Region rows are drawn within units of at least this many images, so that few rows are copies.
 _UNIT_IMAGES = 6
@@ -207,15 +230,21 @@ class Loader:
 
 def _assembler(
     task: str, *, tokenizer, seed: int, train: bool, image_size: int, patch_size: int,
-    max_tokens: int, max_answer_tokens: int, mlm_probability: float, mlm_max: int,
-    rows_per_image: int, augment: str, region: RegionOptions | None,
+    max_tokens: int, max_words: int, max_answer_tokens: int, mlm_probability: float, mlm_max: int,
+    rows_per_image: int, augment: str, prompt: str, region: RegionOptions | None,
 ) -> Assembler:  # fmt: skip
-    text = TextEncoder(tokenizer, max_tokens)
+    # Captions are cleaned before they get their prompt.
+    text = TextEncoder(tokenizer, max_tokens, max_words or None, clean=task != "captioning")
     # Evaluation looks at whole, unchanged pictures whatever training does.
     augmentation = Augmentation(augment if train else "none", image_size)
     if task == "vqa":
-        answers = TextEncoder(tokenizer, max_answer_tokens)
+        # As published, questions are cleaned and answers are not; nor are those that are ranked.
+        answers = TextEncoder(tokenizer, max_answer_tokens, clean=False)
         return VqaAssembler(text, augmentation, seed, train, answers, rows_per_image)
+    if task == "captioning":
+        return CaptionAssembler(text, augmentation, seed, train, rows_per_image, prompt)
+    if task in _SIMPLE:
+        return _SIMPLE[task](text, augmentation, seed, train, rows_per_image)
     masking = Masking(tokenizer, mlm_probability, mlm_max)
     if task == "pretrain":
         return PretrainAssembler(text, augmentation, seed, train, masking)
@@ -253,8 +282,9 @@ def _check_task(manifest: Manifest, task: str) -> None:
 def build_loader(
     task: str, data: Path | str | Sequence[DataSource], *, tokenizer, batch: int, rank: int = 0,
     world_size: int = 1, seed: int = 0, train: bool, image_size: int, patch_size: int = 16,
-    max_tokens: int = 40, max_answer_tokens: int = 8, mlm_probability: float = 0.25,
-    mlm_max: int = 8, rows_per_image: int = 1, augment: str = "none", workers: int = 0,
+    max_tokens: int = 40, max_words: int = 0, max_answer_tokens: int = 8,
+    mlm_probability: float = 0.25, mlm_max: int = 8, rows_per_image: int = 1,
+    augment: str = "none", prompt: str = "a picture of", workers: int = 0,
     block: int = 256, window_blocks: int = 64, groups: int = 0, mix_period: int = 1000,
     faults: str = "raise", max_fault_rate: float = 0.001, region: RegionOptions | None = None,
     limit: int = 0, quarantine: Path | None = None, device: torch.device | str = "cpu",
@@ -263,15 +293,18 @@ def build_loader(
     """The loader of one rank.
 
     Args:
-        task: "pretrain", "region" (batches of data.region) or "vqa".
+        task: "pretrain", "region" (batches of data.region), "vqa", "nlvr2", "retrieval",
+            "captioning" or "grounding".
         data: a folder or URL with manifest.json, or several with weights (training only).
         tokenizer: from `data_pipeline.text.load_tokenizer`.
-        batch: images per rank and micro-batch (region batches take region.images instead).
-        train: endless, shuffled, augmented; else one pass in order with every question, padded
-            rows not valid.
+        batch: images per rank and micro-batch, for nlvr2 pairs of them (region batches take
+            region.images instead).
+        train: endless, shuffled, augmented; else one pass in order with every text, padded rows not
+            valid.
         image_size, patch_size: pixels.   max_tokens, max_answer_tokens: padded lengths.
-        rows_per_image: questions drawn per image in training.   limit: only the first `limit`
-            images; 0 is all.
+        max_words: words of a text that are kept; 0: as many as max_tokens.
+        rows_per_image: texts drawn per image in training (not "pretrain").   prompt: in front of
+            captions (captioning).   limit: only the first `limit` images; 0 is all.
         groups: canonical groups of the order; 0 chooses (see `mixture.choose_groups`).
         mix_period: places in which a mixture's shares are exact.
         faults: "raise" or "skip".   max_fault_rate: largest share of skipped samples.
@@ -321,9 +354,9 @@ def build_loader(
     ledger = FaultLedger(faults, max_fault_rate, where.mixture.samples // world_size, quarantine)
     assembler = _assembler(
         task, tokenizer=tokenizer, seed=seed, train=train, image_size=image_size,
-        patch_size=patch_size, max_tokens=max_tokens, max_answer_tokens=max_answer_tokens,
-        mlm_probability=mlm_probability, mlm_max=mlm_max, rows_per_image=rows_per_image,
-        augment=augment, region=region,
+        patch_size=patch_size, max_tokens=max_tokens, max_words=max_words,
+        max_answer_tokens=max_answer_tokens, mlm_probability=mlm_probability, mlm_max=mlm_max,
+        rows_per_image=rows_per_image, augment=augment, prompt=prompt, region=region,
     )  # fmt: skip
     storages = [
         storage_for(manifest, remote, path)

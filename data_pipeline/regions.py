@@ -20,7 +20,16 @@ from data_pipeline.faults import SkipSample
 from data_pipeline.records import Box, PretrainRecord, RegionElement
 from data_pipeline.transforms import Augmentation, crop, mirror, resize
 
-__all__ = ["RegionRow", "choose_crop", "choose_rows", "clip_box", "draw_region_rows", "patch_mask"]
+__all__ = [
+    "RegionRow",
+    "check_box",
+    "choose_crop",
+    "choose_rows",
+    "clip_box",
+    "crop_frame",
+    "draw_region_rows",
+    "patch_mask",
+]
 
 _WHOLE = (0.5, 0.5, 1.0, 1.0)
 
@@ -93,23 +102,31 @@ def _caption(element: RegionElement, rng: random.Random) -> str:
     return caption
 
 
+def check_box(box: Box, width: int, height: int, field: str) -> None:
+    """Raises SkipSample naming the JSON field when a box leaves the image."""
+    x, y, w, h = box
+    if x < 0 or y < 0 or x + w > width + 1e-3 or y + h > height + 1e-3:
+        raise SkipSample("box", f"field '{field}' {list(box)} leaves the image ({width}x{height})")
+
+
 def _check_boxes(record: PretrainRecord) -> None:
     for number, element in enumerate(record.elements):
-        x, y, w, h = element.box
-        if x < 0 or y < 0 or x + w > record.width + 1e-3 or y + h > record.height + 1e-3:
-            raise SkipSample(
-                "box",
-                f"field 'elems[{number}].bb' {list(element.box)} leaves the image "
-                f"({record.width}x{record.height})",
-            )
+        check_box(element.box, record.width, record.height, f"elems[{number}].bb")
 
 
-def _crop_pixels(
-    image: np.ndarray | Picture, box: tuple[int, int, int, int], record: PretrainRecord, least: int
+def crop_frame(
+    image: np.ndarray | Picture,
+    box: tuple[int, int, int, int],
+    frame_width: int,
+    frame_height: int,
+    least: int,
 ) -> np.ndarray:
-    """The crop of the image, whose size may differ from the record's frame."""
+    """The crop (x0, y0, x1, y1) of the image, whose size may differ from the record's frame.
+
+    `least`: see `transforms.crop`.
+    """
     height, width = image.shape[:2]
-    across, down = width / record.width, height / record.height
+    across, down = width / frame_width, height / frame_height
     x0, x1 = round(box[0] * across), round(box[2] * across)
     y0, y1 = round(box[1] * down), round(box[3] * down)
     return crop(image, x0, y0, max(x1 - x0, 1), max(y1 - y0, 1), least)
@@ -154,7 +171,7 @@ def draw_region_rows(
             rows.append(RegionRow(_caption(element, rng), mirrored, True))
     least = augmentation.size if augmentation.flips else 0
     if record.width:
-        pixels = _crop_pixels(image, seen, record, least)
+        pixels = crop_frame(image, seen, record.width, record.height, least)
     else:
         pixels = crop(image, 0, 0, image.shape[1], image.shape[0], least)
     pixels = resize(pixels, augmentation.size, augmentation.size)

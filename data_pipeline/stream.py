@@ -212,21 +212,26 @@ class PlannedSource(IterableDataset):
 
 @dataclass(frozen=True)
 class ToRecord:
-    """Parses the JSON member into `record`, and finds the image member (`raw`)."""
+    """Parses the JSON member into `record`, and finds the image member (`raw`), or members where
+    the task has several images: then `raw` is a tuple.
+    """
 
     task: str
 
     def __call__(self, sample: Sample) -> Sample:
         raw = self._json(sample)
-        names = image_members(self.task)[0]
-        name = next((name for name in names if name in sample), None)
-        if name is None:
-            raise SkipSample("missing", f"the sample has no image member (.{', .'.join(names)})")
+        images = []
+        for names in image_members(self.task):
+            name = next((name for name in names if name in sample), None)
+            if name is None:
+                expected = f".{', .'.join(names)}"
+                raise SkipSample("missing", f"the sample has no image member ({expected})")
+            images.append(sample[name])
         try:
             record = parse_record(self.task, raw, sample["__url__"], sample["__key__"])
         except RecordError as error:
             raise SkipSample("record", error.reason) from None
-        return sample | {"record": record, "raw": sample[name]}
+        return sample | {"record": record, "raw": images[0] if len(images) == 1 else tuple(images)}
 
     def _json(self, sample: Sample) -> bytes:
         """The JSON member; of img2dataset's layout, the caption that stands in a member of its
@@ -253,8 +258,10 @@ class ToRecord:
 
 
 def decode(sample: Sample) -> Sample:
-    """Decodes `raw` into `image`, (H, W, 3) uint8."""
-    sample["image"] = decode_image(sample["raw"])
+    """Decodes `raw` into `image`, (H, W, 3) uint8, or a tuple of them."""
+    raw = sample["raw"]
+    several = isinstance(raw, tuple)
+    sample["image"] = tuple(map(decode_image, raw)) if several else decode_image(raw)
     return sample
 
 

@@ -68,21 +68,27 @@ def clean_text(text: str, max_words: int) -> str:
 
 
 class TextEncoder:
-    """Strings to ids, cleaned, with a cache: questions from a grammar repeat all the time.
+    """Strings to ids, cleaned by default, with a cache: questions from a grammar repeat all the time.
 
     Args:
         tokenizer: a fast BERT-style tokenizer.   max_tokens: length after padding, [CLS] and [SEP]
             included.
         max_words: words kept by cleaning.
+        clean: False leaves strings as they are (answers, and captions behind their prompt).
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, max_tokens: int, max_words: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        max_tokens: int,
+        max_words: int | None = None,
+        clean: bool = True,
     ) -> None:
         if max_tokens < 3:
             raise ValueError(f"max_tokens must be at least 3, is {max_tokens}")
         self.max_tokens = max_tokens
         self.max_words = max_words or max_tokens
+        self.clean = clean
         self.pad = _id(tokenizer, "pad")
         self.cls = _id(tokenizer, "cls")
         self.sep = _id(tokenizer, "sep")
@@ -102,11 +108,9 @@ class TextEncoder:
             if len(cache) + len(new) > _CACHE_TEXTS:
                 cache.clear()
                 new = list(dict.fromkeys(texts))
-            cleaned = [clean_text(text, self.max_words) for text in new]
+            cleaned = [clean_text(text, self.max_words) for text in new] if self.clean else new
             # The Rust tokenizer directly: transformers' wrapper costs several times as much a call.
-            encoded = self._backend.encode_batch_fast(
-                cleaned, add_special_tokens=False
-            )
+            encoded = self._backend.encode_batch_fast(cleaned, add_special_tokens=False)
             for text, encoding in zip(new, encoded, strict=True):
                 cache[text] = [self.cls, *encoding.ids[: self.max_tokens - 2], self.sep]
         return [cache[text] for text in texts]
