@@ -106,12 +106,15 @@ def _causes(folder: Path) -> list[str]:
     first = _read(folder / "failure.json")
     if not first:
         return silent
+    if silent and _ECHO.search(first["error"]):
+        # A killed rank leaves no word; the first error told is then only its echo.
+        reason = first["error"].splitlines()[0]
+        return [*silent, f"rank {first['rank']} on {first['host']} noticed it first: {reason}"]
     story = [
         f"rank {first['rank']} on {first['host']} failed first, at: {first['at']}",
         first["traceback"].rstrip(),
     ]
-    # A killed rank leaves no word; then the first error told is only its echo.
-    return [*silent, *story] if _ECHO.search(first["error"]) else [*story, *silent]
+    return [*story, *silent]
 
 
 def _spoke(folder: Path, path: Path) -> bool:

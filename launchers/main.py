@@ -180,7 +180,7 @@ def _start(options: argparse.Namespace, jobs: list[list[str]]) -> int:
                 f"espalier launch: job {number + 1} of {len(jobs)}: {shlex.join(job)}",
                 file=sys.stderr,
             )
-        shared = options.hostfile and options.node_rank is None
+        shared = options.mpi or (options.hostfile and options.node_rank is None)
         parent = Path(options.job_folder or SHARED).resolve() if shared else None
         code = supervise(make, restarts=options.max_restarts, jobs=parent)
         if code == EXIT_STOPPED:

@@ -58,9 +58,12 @@ def plan(options: argparse.Namespace, job: list[str]) -> Plan:
             argv.append("--oversubscribe")
         environment.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
     # Open MPI hands its own variables to other machines and nothing else.
+    address = {"MASTER_ADDR": options.master_addr, "MASTER_PORT": options.port}
+    environment |= {name: str(value) for name, value in address.items() if value}
     names = [name for name in travelling(environment) if not name.startswith("ESPALIER_")]
     if not options.hostfile and "DS_ACCELERATOR" in environment:
         names.append("DS_ACCELERATOR")
+    names += [name for name in address if name in environment]
     for name in [*dict.fromkeys(names), JOB, DIE_WITH_PARENT]:
         argv += ["-x", name]
     argv += options.launcher_option

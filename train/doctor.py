@@ -68,7 +68,17 @@ add_parsers = add_parser  # the name under which the command line asks every roo
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--hostfile", metavar="FILE", help="also asks every machine named there over ssh"
+        "--hostfile",
+        metavar="FILE",
+        help="also asks every machine named there over ssh: versions, code, shared folders",
+    )
+    parser.add_argument(
+        "--shared",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="a folder that all machines must share (data, runs); default: the current one",
     )
     parser.add_argument("--warm", action="store_true", help="compile DeepSpeed's helpers now")
 
@@ -78,13 +88,14 @@ def run(arguments: argparse.Namespace) -> int:
     if getattr(arguments, "warm", False):
         return warm()
     bad = 0
-    for finding in examine(getattr(arguments, "hostfile", None)):
+    shared = getattr(arguments, "shared", [])
+    for finding in examine(getattr(arguments, "hostfile", None), shared):
         print(finding, flush=True)
         bad += finding.level == "BAD"
     return 1 if bad else 0
 
 
-def examine(hostfile: str | None = None) -> Iterator[Finding]:
+def examine(hostfile: str | None = None, shared: Sequence[Path] = ()) -> Iterator[Finding]:
     """All findings, in the order of the report. A check that breaks is itself a finding."""
     checks: list[Callable[[], Iterator[Finding]]] = [
         _system,
@@ -96,7 +107,7 @@ def examine(hostfile: str | None = None) -> Iterator[Finding]:
         _disk,
     ]
     if hostfile is not None:
-        checks.append(lambda: _hosts(hostfile))
+        checks.append(lambda: _hosts(hostfile, shared))
     for check in checks:
         try:
             yield from check()
@@ -230,8 +241,10 @@ def _disk() -> Iterator[Finding]:
         yield Finding(level, "disk", f"{free:.1f} GB free at {path}{remedy}")
 
 
-def _hosts(hostfile: str) -> Iterator[Finding]:
+def _hosts(hostfile: str, shared: Sequence[Path]) -> Iterator[Finding]:
+    """Asks every machine of the file at once: reachability, versions, code, shared folders."""
     from launchers.hostfile import read_hostfile
+    from train.host_check import ask_all, compare
 
     hosts = read_hostfile(hostfile)
     ssh = shutil.which("ssh")
@@ -242,14 +255,14 @@ def _hosts(hostfile: str) -> Iterator[Finding]:
         return
     if shutil.which("pdsh") is None:
         yield Finding("BAD", "pdsh", "not found: a hostfile needs pdsh (apt-get install pdsh)")
-    for host, slots in hosts.items():
-        command = [ssh, "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", host, "hostname"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-        if done.returncode == 0:
-            yield Finding("ok", f"host {host}", f"{slots} slots, answers as {done.stdout.strip()}")
-        else:
-            reason = (done.stderr.strip().splitlines() or ["no answer"])[-1]
-            yield Finding("BAD", f"host {host}", f"not reachable without a password: {reason}")
+    folders = shared or [Path.cwd()]
+    for folder in folders:
+        if not folder.is_dir():
+            yield Finding("BAD", "shared", f"{folder} is no folder on this machine")
+            continue
+        probe, answers = ask_all(ssh, list(hosts), folder.resolve())
+        for host, (good, text) in compare(probe, hosts, answers, folder.resolve()):
+            yield Finding("ok" if good else "BAD", f"host {host}", text)
 
 
 def warm() -> int:
