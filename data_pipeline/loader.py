@@ -184,6 +184,9 @@ class Loader:
                 num_workers=self._workers if self._train else min(self._workers, len(self)),
                 pin_memory=self._device.type == "cuda",
                 worker_init_fn=start_worker,
+                # Its own: every iter() draws from it, and a resumed run has one more than one that
+                # was not stopped. The global generator must not notice (dropout draws from it).
+                generator=torch.Generator().manual_seed(0),
             )
         )
 

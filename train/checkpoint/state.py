@@ -7,6 +7,7 @@ Everything is numbers, strings, lists, dicts and tensors, so a state file loads 
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import Any, cast
 
@@ -16,7 +17,15 @@ import torch
 from train.config import RunConfig, UserError
 from train.recipes_io import flatten, to_plain
 
-__all__ = ["check_config", "collect", "plain_config", "restore", "rng_state", "set_rng_state"]
+__all__ = [
+    "check_config",
+    "collect",
+    "plain_config",
+    "restore",
+    "rng_state",
+    "seed_rng",
+    "set_rng_state",
+]
 
 VERSION = 2
 # Keys that may change between save and resume: how long, how often to look and to save, and where.
@@ -60,6 +69,17 @@ def rng_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
+
+
+def seed_rng(seed: int, rank: int) -> None:
+    """Seeds every generator that a fresh rank draws from (dropout, say), each rank differently: a run
+    that is killed before its first checkpoint begins again with the same numbers.
+    """
+    text = f"{seed}:{rank}:rank"
+    value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    random.seed(value)
+    numpy.random.seed(value % 2**32)
+    torch.manual_seed(value)
 
 
 def set_rng_state(state: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ class Progress:
     step: int = 0
     samples: int = 0
     saved: int = -1  # step of the newest checkpoint, which is not written twice
+    guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
 
 
 @dataclass
@@ -94,7 +95,7 @@ def _train(run: Run, resume: str, rebase: bool, stop: StopFlag) -> int:
     run.monitor = run.open_monitor(progress.step)
     general = iter(run.loader)
     region = iter(run.region_loader) if run.region_loader is not None else None
-    guard, window, retry = NonFiniteGuard(), _Window(), False
+    guard, window, retry = progress.guard, _Window(), False
     run.student.train()
     while progress.step < config.optim.steps:
         set_lr(run.engine.optimizer.param_groups, lr_at(config.optim, progress.step))
@@ -110,7 +111,7 @@ def _train(run: Run, resume: str, rebase: bool, stop: StopFlag) -> int:
             _LOG.warning(
                 "stopping at step %d (%s)", progress.step, stop.name or "signal on another rank"
             )
-            save(run, progress)
+            save(run, progress, wait=True)
             return EXIT_STOPPED
     _finish(run, progress)
     return 0
@@ -123,18 +124,21 @@ def restore(run: Run, resume: str, rebase: bool = False) -> Progress:
     def check(manifest: dict[str, Any]) -> None:
         run_state.check_config(manifest.get("config", {}), current)
 
-    state = run.checkpoints.load(run.engine, resume, check=check)
+    run_state.seed_rng(run.config.seed, run.dist.rank)
+    state, progress = run.checkpoints.load(run.engine, resume, check=check), Progress()
     if state is None:
-        return Progress()
+        return progress
     run_state.restore(
         state,
         loader=run.loader,
         region_loader=run.region_loader,
         gates=run.gates,
+        guard=progress.guard,
+        best=run.checkpoints.best,
         rebase=rebase,
     )
     _tell_batch_change(state, run)
-    progress = Progress(step=state["step"], samples=state["samples"], saved=state["step"])
+    progress.step, progress.samples, progress.saved = state["step"], state["samples"], state["step"]
     _LOG.info("resumed at step %d (%d samples)", progress.step, progress.samples)
     if progress.step > run.config.optim.steps:
         raise UserError(
@@ -153,9 +157,15 @@ def _tell_batch_change(state: dict[str, Any], run: Run) -> None:
                      "accumulate)", now, before)  # fmt: skip
 
 
-def save(run: Run, progress: Progress) -> None:
-    """Checkpoint at an accumulation boundary, unless this step has one. Collective."""
+def save(run: Run, progress: Progress, wait: bool = False) -> None:
+    """Checkpoint at an accumulation boundary, unless this step has one. Collective.
+
+    Args:
+        wait: return when it is on disk, whatever `checkpoint.asynchronous` says.
+    """
     if progress.saved == progress.step:
+        if wait:
+            run.checkpoints.wait()
         return
     state = run_state.collect(
         run.config,
@@ -164,8 +174,10 @@ def save(run: Run, progress: Progress) -> None:
         loader=run.loader,
         region_loader=run.region_loader,
         gates=run.gates,
+        guard=progress.guard,
+        best=run.checkpoints.best,
     )
-    run.checkpoints.save(run.engine, progress.step, state)
+    run.checkpoints.save(run.engine, progress.step, state, wait=wait)
     progress.saved = progress.step
 
 
@@ -216,13 +228,15 @@ def _any_rank(flag: bool, run: Run) -> bool:
 
 def _between_steps(run: Run, progress: Progress, window: _Window, guard: NonFiniteGuard) -> _Window:
     """Record, validation, pictures, checkpoint: whatever is due after general step `progress.step`."""
-    config, step, record = run.config, progress.step, {}
+    config, step, record, better = run.config, progress.step, {}, False
     paused = time.perf_counter()
     last = step == config.optim.steps
     if _due(config.log.every, step) or last:
         record, window = make_record(run, progress, window, guard), _Window()
     if _due(config.eval.every, step) or last:
-        record |= validate(run, step)
+        validated = validate(run, step)
+        better = run.checkpoints.best.see(step, validated.get("validation", {}))
+        record |= validated
     if record:
         run.monitor.step(step, progress.samples, record)
     if run.gates is not None and _due(config.log.histograms_every, step):
@@ -230,7 +244,7 @@ def _between_steps(run: Run, progress: Progress, window: _Window, guard: NonFini
     if run.pictures is not None and (_due(config.log.pictures_every, step) or last):
         run.pictures(step)
         run.student.train()
-    if _due(config.checkpoint.every, step) and not last:
+    if (_due(config.checkpoint.every, step) or better) and not last:
         save(run, progress)
     window.started += (
         time.perf_counter() - paused
@@ -313,7 +327,7 @@ def _finish(run: Run, progress: Progress) -> None:
     """Last checkpoint and the model folder. A run with gates is cut and saved by its stage, not
     here.
     """
-    save(run, progress)
+    save(run, progress, wait=True)
     if run.gates is None:
         save_model(run)
     _LOG.info("done: %d steps, %d samples", progress.step, progress.samples)
