@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +19,15 @@ if TYPE_CHECKING:
     from models.xvlm import XVLM
     from train.evaluation.vqa import AnswerList
 
-__all__ = ["interleave", "measure", "summarise", "synthetic_answers", "synthetic_batch"]
+__all__ = [
+    "bench",
+    "device_name",
+    "interleave",
+    "measure",
+    "summarise",
+    "synthetic_answers",
+    "synthetic_batch",
+]
 
 
 def interleave(
@@ -170,3 +180,76 @@ def measure(
                 rate = size / summary["median"] * 1e3
                 result[name][str(size)] = summary | {"rows_per_s": rate, "seconds": values}
     return result
+
+
+def bench(
+    folders: Mapping[str, Path],
+    batch_sizes: tuple[int, ...] = (1, 32),
+    *,
+    repeats: int = 40,
+    warm_up: int = 3,
+    text_tokens: int = 16,
+    answers: int = 128,
+    top_k: int = 128,
+    threads: int | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Latency, parameters, MACs and memory of model folders by name.
+
+    Returns:
+        {"models": {name: {"latency", "parameters", "macs", "weights_bytes"}}, "device", "threads",
+        ...}.
+    """
+    from models import from_pretrained
+    from train.evaluation import macs
+    from train.evaluation.accuracy import require_form
+
+    models = {name: from_pretrained(folder) for name, folder in folders.items()}
+    for name, model in models.items():
+        require_form(model, "vqa", folders[name])
+    listed = synthetic_answers(answers, min(m.config.text.vocab_size for m in models.values()))
+    kept = min(top_k, answers)
+    timing = measure(
+        list(models.items()),
+        listed,
+        batch_sizes,
+        threads,
+        repeats,
+        text_tokens,
+        kept,
+        warm_up,
+        device,
+        progress=True,
+    )
+    result = {
+        name: {
+            "latency": timing[name],
+            "parameters": macs.parameters(model),
+            "macs": macs.count_macs(
+                model.config,
+                text_tokens=text_tokens,
+                answer_tokens=listed.ids.shape[1] - 1,
+                top_k=kept,
+            ),
+            "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        }
+        for name, model in models.items()
+    }
+    return {
+        "models": result,
+        "device": device_name(torch.device(device)),
+        "threads": threads or torch.get_num_threads(),
+        "repeats": repeats,
+        "text_tokens": text_tokens,
+        "top_k": kept,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's or accelerator's name, as a person knows it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    rows = info.read_text(errors="replace").splitlines() if info.is_file() else []
+    names = [row.partition(":")[2].strip() for row in rows if row.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {os.cpu_count()} logical cores"

@@ -97,7 +97,7 @@ def _examples(
 
     from data_pipeline.text import load_tokenizer
     from models import from_pretrained
-    from train.evaluation.commands import find_split, vqa_loader
+    from train.evaluation.accuracy import find_split, vqa_loader
     from train.evaluation.vqa import AnswerList, rank_answers
 
     split = find_split(out / "data", "vqa", "test")
