@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from models.xvlm import XVLM
-
-__all__ = ["compiled_passes"]
+__all__ = ["compiled"]
 
 # A pass is compiled once for each combination of captures, gates, masks, train or eval, gradients,
 # and fixed or changing sizes. A run meets more of them than torch's default of 8, and teacher and
@@ -19,18 +16,13 @@ __all__ = ["compiled_passes"]
 _BUDGET = {"isolate_recompiles": True, "recompile_limit": 32}
 
 
-def compiled_passes(
-    model: XVLM, mode: str | None, backend: str | Callable[..., Any], fullgraph: bool
+def compiled(
+    passes: Mapping[str, Callable[..., Any]],
+    mode: str | None,
+    backend: str | Callable[..., Any],
+    fullgraph: bool,
 ) -> dict[str, Callable[..., Any]]:
-    """Name -> compiled form of each pass that `XVLM` runs; arguments as of `compile_encoders`."""
-    passes: dict[str, Callable[..., Any]] = {
-        "vision": model.vision,
-        "text": model.text.encode,
-        "fusion": model.text.fuse,
-        "multimodal": model.text.multimodal,
-    }
-    if model.decoder is not None:
-        passes["decoder"] = model.decoder
+    """The passes by name, compiled; arguments as of `XVLM.compile_encoders`."""
     known = inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {name: value for name, value in _BUDGET.items() if name in known}
     return {

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from models import io
 from models.bert import DecoderCache, ImageMasks, Images, TextStack, initialise_bert
-from models.compiled import compiled_passes
+from models.compiled import compiled
 from models.config import HEADS, ModelConfig
 from models.decoder import AnswerDecoder, DecoderOutput, scored
 from models.gates import GateSlot
@@ -181,16 +181,16 @@ class XVLM(nn.Module):
             ValueError: in the other forms.
         """
         # A cache grows with every call: a compiled pass would be compiled anew for every token.
-        compiled = self._compiled if cache is None else {}
+        passes = self._compiled if cache is None else {}
         if self.decoder is not None:
-            run = compiled.get("decoder", self.decoder)
+            run = passes.get("decoder", self.decoder)
             return run(ids, mask, states, state_mask, capture, cache)
         if self.config.form != "captioning":
             raise ValueError(
                 'decode needs a model of form "vqa" or "captioning", '
                 f"this one is of form {self.config.form!r}"
             )
-        run = compiled.get("multimodal", self.text.multimodal)
+        run = passes.get("multimodal", self.text.multimodal)
         output = run(ids, mask, states, state_mask, capture, causal=True, cache=cache)
         return scored(
             output, self.lm_head(output.last, word_weight=self.text.embeddings.word.weight)
@@ -279,7 +279,12 @@ class XVLM(nn.Module):
             mode, backend: as of torch.compile.
             fullgraph: a graph break is an error (engines whose hooks gather parameters break it).
         """
-        self._compiled = compiled_passes(self, mode, backend, fullgraph)
+        text = self.text
+        passes: dict[str, Callable[..., Any]] = {"vision": self.vision, "text": text.encode}
+        passes |= {"fusion": text.fuse, "multimodal": text.multimodal}
+        if self.decoder is not None:
+            passes["decoder"] = self.decoder
+        self._compiled = compiled(passes, mode, backend, fullgraph)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along: a compiled pass would run on this object's weights."""
