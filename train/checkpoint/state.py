@@ -55,7 +55,16 @@ _MAY_CHANGE = (
     "data.remote.",
     # The optimizer batch is micro-batch x ranks x accumulation: the loaders check the first two.
     "engine.accumulate",
+    # How the same numbers are computed, and when a step is skipped.
     "teacher.backend",
+    "teacher.dtype",
+    "teacher.compile",
+    "teacher.overlap",
+    "teacher.inject",
+    "engine.activation_checkpointing",
+    "engine.compile",
+    "optim.spike_",
+    "optim.skip_limit",
 )
 
 

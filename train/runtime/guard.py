@@ -11,7 +11,7 @@ from typing import Any
 
 from train.config import OptimConfig
 
-__all__ = ["NonFiniteError", "NonFiniteGuard", "StepGuard", "close_logs", "open_logs"]
+__all__ = ["NonFiniteError", "StepGuard", "close_logs", "open_logs"]
 
 _ENOUGH = 20  # losses from which a median says something
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -109,8 +109,6 @@ class StepGuard:
             "optim.warmup_steps, or use engine.precision=fp32, and resume from the last checkpoint"
         )
 
-
-NonFiniteGuard = StepGuard
 
 
 def open_logs(directory: Path, rank: int) -> list[logging.Handler]:

@@ -18,15 +18,17 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.batches import Batch
-from data_pipeline.faults import FAULT_KINDS
-from data_pipeline.remote import COUNTERS
 from train.checkpoint import state as run_state
 from train.config import RunConfig, UserError
+from train.monitor.deepspeed import attach
+from train.monitor.watchdog import StallWatchdog
+from train.runtime import report
 from train.runtime.engine import gathered
-from train.runtime.guard import NonFiniteGuard, close_logs, open_logs
+from train.runtime.guard import StepGuard, close_logs, open_logs
+from train.runtime.record import Window, gate_pictures, make_record
 from train.runtime.schedules import lr_at, set_lr
-from train.runtime.signals import EXIT_STOPPED, StopFlag, stop_on_signals
-from train.runtime.step import StepResult, keyed_generator, train_step
+from train.runtime.signals import EXIT_STOPPED, StopFlag, Stopped, stop_on_signals
+from train.runtime.step import keyed_generator, train_step
 from train.tasks.base import StepContext
 
 if TYPE_CHECKING:
@@ -44,29 +46,8 @@ class Progress:
     step: int = 0
     samples: int = 0
     saved: int = -1  # step of the newest checkpoint, which is not written twice
-    guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
-
-
-@dataclass
-class _Window:
-    """What has gathered since the last record."""
-
-    started: float = field(default_factory=time.perf_counter)
-    samples: int = 0
-    data_wait: float = 0.0
-    grad_norm: float | None = None
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    counts: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def add(self, result: StepResult, prefix: str) -> None:
-        self.samples += result.samples
-        self.data_wait += result.data_wait
-        if result.grad_norm is not None:
-            self.grad_norm = result.grad_norm
-        for name in result.sums:
-            key = f"{prefix}{name}"
-            self.sums[key] = self.sums.get(key, 0.0) + result.sums[name]
-            self.counts[key] = self.counts.get(key, 0.0) + result.counts[name]
+    unvalidated: bool = False  # a stop came before this step's validation: it is made up for
+    guard: StepGuard = field(default_factory=StepGuard)
 
 
 def train(run: Run, resume: str = "auto", rebase: bool = False) -> int:
@@ -81,8 +62,10 @@ def train(run: Run, resume: str = "auto", rebase: bool = False) -> int:
     """
     handlers = open_logs(run.directory, run.dist.rank)
     try:
-        with stop_on_signals() as stop:
-            return _train(run, resume, rebase, stop)
+        log = run.directory / f"rank_{run.dist.rank:04d}.log"
+        stall = StallWatchdog(log, 60 * run.config.log.stall_minutes)
+        with stop_on_signals() as stop, stall as watchdog:
+            return _train(run, resume, rebase, stop, watchdog)
     except BaseException:
         _LOG.exception("the run failed")
         raise
@@ -90,42 +73,50 @@ def train(run: Run, resume: str = "auto", rebase: bool = False) -> int:
         close_logs(handlers)
 
 
-def _train(run: Run, resume: str, rebase: bool, stop: StopFlag) -> int:
+def _train(run: Run, resume: str, rebase: bool, stop: StopFlag, watchdog: StallWatchdog) -> int:
     config, progress = run.config, restore(run, resume, rebase)
     run.monitor = run.open_monitor(progress.step)
+    attach(run.engine, run.directory)
     general = iter(run.loader)
     region = iter(run.region_loader) if run.region_loader is not None else None
-    guard, window, retry = progress.guard, _Window(), False
+    guard, window, retry = progress.guard, Window(), False
     run.student.train()
+    if progress.unvalidated and not stop.everywhere():
+        _between_steps(run, progress, window, guard, stop)
     while progress.step < config.optim.steps:
         set_lr(run.engine.optimizer.param_groups, lr_at(config.optim, progress.step))
         # A region step uses the coming general step's lr and does not advance the schedule.
         if region is not None and not retry and _is_region_step(config, progress.step):
             _one_step(run, region, progress, "region", window, guard)
         retry = not _one_step(run, general, progress, "general", window, guard)
-        stopping = _any_rank(bool(stop), run)
+        watchdog.beat()
+        stop.everywhere()  # all ranks hear of it in the same step
         if not retry:
             progress.step += 1
-            window = _between_steps(run, progress, window, guard)
-        if stopping:
+            window = _between_steps(run, progress, window, guard, stop)
+        if stop.agreed:
             _LOG.warning(
                 "stopping at step %d (%s)", progress.step, stop.name or "signal on another rank"
             )
             save(run, progress, wait=True)
             return EXIT_STOPPED
+    if stop.agreed:  # while the last step's validation was made up for
+        return EXIT_STOPPED
     _finish(run, progress)
     return 0
 
 
 def restore(run: Run, resume: str, rebase: bool = False) -> Progress:
     """Puts a checkpoint's state into the run, and says where it stands."""
+    report.at("loading a checkpoint")
     current = run_state.plain_config(run.config)
 
     def check(manifest: dict[str, Any]) -> None:
         run_state.check_config(manifest.get("config", {}), current)
 
     run_state.seed_rng(run.config.seed, run.dist.rank)
-    state, progress = run.checkpoints.load(run.engine, resume, check=check), Progress()
+    progress = Progress(guard=StepGuard.of(run.config.optim))
+    state = run.checkpoints.load(run.engine, resume, check=check)
     if state is None:
         return progress
     run_state.restore(
@@ -139,6 +130,7 @@ def restore(run: Run, resume: str, rebase: bool = False) -> Progress:
     )
     _tell_batch_change(state, run)
     progress.step, progress.samples, progress.saved = state["step"], state["samples"], state["step"]
+    progress.unvalidated = state.get("unvalidated", False)
     _LOG.info("resumed at step %d (%d samples)", progress.step, progress.samples)
     if progress.step > run.config.optim.steps:
         raise UserError(
@@ -177,6 +169,8 @@ def save(run: Run, progress: Progress, wait: bool = False) -> None:
         guard=progress.guard,
         best=run.checkpoints.best,
     )
+    state["unvalidated"] = progress.unvalidated
+    report.at(f"the checkpoint of step {progress.step}")
     run.checkpoints.save(run.engine, progress.step, state, wait=wait)
     progress.saved = progress.step
 
@@ -192,18 +186,21 @@ def _one_step(
     batches: Iterator[Batch],
     progress: Progress,
     kind: str,
-    window: _Window,
-    guard: NonFiniteGuard,
+    window: Window,
+    guard: StepGuard,
 ) -> bool:
     """One optimizer step on `batches`; True when it was applied."""
+    report.at(f"{kind} step {progress.step}")
     context_of = _contexts(run, progress.step, kind)
-    result = train_step(run.engine, batches, context_of, run.gates)
+    result = train_step(run.engine, batches, context_of, run.gates, guard.loss_limit(kind))
     if kind == "general":
         progress.samples += result.samples * run.dist.world_size
-    window.add(result, "" if kind == "general" else "region_")
+    window.add(result, kind)
     if not result.finite:
         _LOG.warning("%s step %d: total loss is not finite, step skipped", kind, progress.step)
-    guard.see(result.finite, progress.step)
+    elif result.spike:
+        _LOG.warning("%s step %d: the loss leapt up, step skipped", kind, progress.step)
+    guard.see(result.finite, progress.step, kind=kind, loss=result.loss, spike=result.spike)
     return result.applied
 
 
@@ -217,31 +214,35 @@ def _contexts(run: Run, step: int, kind: str) -> Callable[[int], StepContext]:
     return context_of
 
 
-def _any_rank(flag: bool, run: Run) -> bool:
-    """True on all ranks when it is on any: a rank that stops alone leaves the others waiting."""
-    if run.dist.world_size == 1:
-        return flag
-    value = torch.tensor(float(flag), device=run.engine.device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return value.item() > 0
+def _between_steps(
+    run: Run, progress: Progress, window: Window, guard: StepGuard, stop: StopFlag
+) -> Window:
+    """Record, validation, pictures, checkpoint: whatever is due after general step `progress.step`.
 
-
-def _between_steps(run: Run, progress: Progress, window: _Window, guard: NonFiniteGuard) -> _Window:
-    """Record, validation, pictures, checkpoint: whatever is due after general step `progress.step`."""
+    A stop leaves out what takes long; a checkpoint remembers a validation left out.
+    """
+    report.at(f"the record of step {progress.step}")
+    late, progress.unvalidated = progress.unvalidated, False
     config, step, record, better = run.config, progress.step, {}, False
     paused = time.perf_counter()
     last = step == config.optim.steps
-    if _due(config.log.every, step) or last:
-        record, window = make_record(run, progress, window, guard), _Window()
-    if _due(config.eval.every, step) or last:
-        validated = validate(run, step)
-        better = run.checkpoints.best.see(step, validated.get("validation", {}))
-        record |= validated
+    if (_due(config.log.every, step) or last) and not late:
+        record, window = make_record(run, step, progress.samples, window, guard), Window()
+    if late or _due(config.eval.every, step) or last:
+        validated = validate(run, step, stop)
+        progress.unvalidated = validated is None
+        if validated is not None:
+            better = run.checkpoints.best.see(step, validated.get("validation", {}))
+            record |= validated
     if record:
         run.monitor.step(step, progress.samples, record)
     if run.gates is not None and _due(config.log.histograms_every, step):
         run.monitor.histograms(step, run.gates.histograms())
-    if run.pictures is not None and (_due(config.log.pictures_every, step) or last):
+        for tag, picture in gate_pictures(run.gates).items():
+            run.monitor.image(step, tag, picture)
+    pictures = run.pictures is not None and (_due(config.log.pictures_every, step) or last)
+    if pictures and not stop.agreed:
+        report.at(f"the pictures of step {step}")
         run.pictures(step)
         run.student.train()
     if (_due(config.checkpoint.every, step) or better) and not last:
@@ -256,71 +257,22 @@ def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def validate(run: Run, step: int) -> dict[str, Any]:
-    """`{"validation": {...}}`, or nothing when the run validates nothing. Collective."""
+def validate(run: Run, step: int, stop: StopFlag | None = None) -> dict[str, Any] | None:
+    """`{"validation": {...}}`, nothing when the run validates nothing, None when all ranks were told
+    to stop before it was through. Collective.
+    """
     if run.validate is None:
         return {}
-    values = run.validate(step)
-    run.student.train()
+    if stop is not None and stop.agreed:
+        return None
+    report.at(f"the validation of step {step}")
+    try:
+        values = run.validate(step)
+    except Stopped:
+        return None
+    finally:
+        run.student.train()
     return {"validation": values}
-
-
-def make_record(
-    run: Run, progress: Progress, window: _Window, guard: NonFiniteGuard
-) -> dict[str, Any]:
-    """The metrics.jsonl record of a window, loss terms averaged over its micro-batches and all
-    ranks. Collective.
-    """
-    seconds = max(time.perf_counter() - window.started, 1e-9)
-    names = sorted(window.sums)
-    table = torch.stack(
-        [torch.stack([window.sums[name], window.counts[name]]) for name in names]
-        + [torch.tensor([window.data_wait / seconds, 1.0], device=run.engine.device)]
-    )
-    if run.dist.world_size > 1:
-        dist.all_reduce(table)
-    means = (table[:, 0] / table[:, 1].clamp_min(1.0)).tolist()
-    per_epoch = getattr(run.loader, "samples_per_epoch", 0)
-    record: dict[str, Any] = {
-        "epoch": progress.samples / per_epoch if per_epoch else 0.0,
-        "time": time.time(),
-        "loss": {},
-    }
-    for name, value in zip(names, means, strict=False):
-        section, _, term = name.partition(".")
-        record.setdefault(section, {})[term] = value
-    record |= {
-        "lr": lr_at(run.config.optim, progress.step - 1),
-        "samples_per_s": window.samples * run.dist.world_size / seconds,
-        "data_wait": means[-1],
-        "grad_norm": window.grad_norm,
-        **_data_counters(run),
-    }
-    record["faults"]["nonfinite"] = guard.total
-    if run.gates is not None:
-        record["sparsity"] = run.gates.metrics()
-    return record
-
-
-def _data_counters(run: Run) -> dict[str, dict[str, int]]:
-    """Skipped samples by kind, and what was fetched over networks, of all ranks since this process
-    began. Collective.
-    """
-    faults, transfers = dict.fromkeys(FAULT_KINDS, 0), dict.fromkeys(COUNTERS, 0)
-    for loader in (run.loader, run.region_loader):
-        for table, counted in ((faults, "faults"), (transfers, "transfers")):
-            for name, count in getattr(loader, counted, {}).items():
-                table[name] += count
-    values = torch.tensor(
-        [*faults.values(), *transfers.values()], dtype=torch.float64, device=run.engine.device
-    )
-    if run.dist.world_size > 1:
-        dist.all_reduce(values)
-    totals = [int(value) for value in values.tolist()]
-    record = {"faults": dict(zip(faults, totals, strict=False))}
-    if any(totals[len(faults) :]):
-        record["transfers"] = dict(zip(transfers, totals[len(faults) :], strict=True))
-    return record
 
 
 def _finish(run: Run, progress: Progress) -> None:
@@ -330,11 +282,13 @@ def _finish(run: Run, progress: Progress) -> None:
     save(run, progress, wait=True)
     if run.gates is None:
         save_model(run)
+    run.monitor.finished()
     _LOG.info("done: %d steps, %d samples", progress.step, progress.samples)
 
 
 def save_model(run: Run) -> None:
     """Writes `model/` from consolidated weights, on rank 0. Collective (ZeRO-3 gathers)."""
+    report.at("writing the model")
     with gathered(run.student):
         if run.dist.rank == 0:
             run.student.save_pretrained(run.directory / "model", tokenizer=run.tokenizer)

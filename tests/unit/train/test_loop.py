@@ -16,7 +16,7 @@ from tests.distributed.stand_in import TinyTask, tiny_config, tiny_run
 from train.config import OptimConfig
 from train.runtime import loop
 from train.runtime.distributed import start
-from train.runtime.guard import NonFiniteError, NonFiniteGuard
+from train.runtime.guard import NonFiniteError, StepGuard
 from train.runtime.schedules import lr_at
 from train.runtime.step import keyed_generator
 from train.tasks.base import Losses, StepContext
@@ -172,7 +172,7 @@ def test_divergence_is_fatal_after_twenty_in_a_row(ran: dict[str, Any]) -> None:
 
 
 def test_a_good_step_starts_the_count_again() -> None:
-    guard = NonFiniteGuard(limit=3)
+    guard = StepGuard(limit=3)
     for finite in (False, False, True, False, False):
         guard.see(finite, 0)
     assert (guard.total, guard.in_a_row) == (4, 2)
