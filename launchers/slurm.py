@@ -49,8 +49,7 @@ def batch_script(options: argparse.Namespace, jobs: list[list[str]]) -> str:
         header.append(f"--ntasks-per-node={options.per_node}")
     if len(jobs) > 1:
         header.append(f"--array=0-{len(jobs) - 1}")
-    if options.max_restarts > 0:
-        header.append("--requeue")
+    header += ["--requeue", "--open-mode=append"]  # the log of a requeued job goes on
     header += [option if option.startswith("-") else f"--{option}" for option in options.sbatch]
     cases = "\n".join(
         f"  {number}) {shlex.join(srun_command(options, job))} ;;"

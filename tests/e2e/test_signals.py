@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -28,6 +29,34 @@ run.loader.after = after
 code = loop.train(run)
 distributed.finish()
 sys.exit(code)
+"""
+
+# The second batch of the first validation brings the signal; the second run makes up for it.
+IN_VALIDATION = """
+import itertools, json, signal, sys
+from pathlib import Path
+from tests.distributed.stand_in import TinyLoader, tiny_config, tiny_run
+from train.evaluation.runner import evaluate
+from train.runtime import distributed, loop
+folder, told = Path(sys.argv[1]), []
+place = distributed.start()
+def go():
+    run = tiny_run(tiny_config(folder, optim={"steps": 6}, eval={"every": 3}), place)
+    batches = []
+    def held_out():
+        for batch in itertools.islice(TinyLoader(0, "held out"), 5):
+            batches.append(batch)
+            if not told and len(batches) == 2:
+                told.append(signal.SIGUSR1)
+                signal.raise_signal(signal.SIGUSR1)
+            yield batch
+    steps = []
+    run.validate = lambda step: steps.append(step) or evaluate(run.student, run.task, held_out(), place)
+    code = loop.train(run)
+    validated = [record["step"] for record in run.monitor.records if "validation" in record]
+    return {"code": code, "begun": steps, "validated": validated, "batches": len(batches)}
+print("RESULT", json.dumps([go(), go()]))
+distributed.finish()
 """
 
 
@@ -61,6 +90,26 @@ def test_a_signal_saves_and_exits_75(tmp_path: Path, number: int) -> None:
             _, errors = again.communicate("", timeout=120)
         assert again.returncode == 0, errors
         assert "resumed at step 7" in (tmp_path / "events.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_stop_in_validation_saves_and_the_next_run_validates(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_VALIDATION, str(tmp_path)],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    first, second = json.loads(line.removeprefix("RESULT"))
+    assert first == {"code": 75, "begun": [3], "validated": [], "batches": 2}
+    assert second == {"code": 0, "begun": [3, 6], "validated": [3, 6], "batches": 10}
+    assert "resumed at step 3" in (tmp_path / "events.log").read_text()
 
 
 def test_old_handlers_come_back() -> None:

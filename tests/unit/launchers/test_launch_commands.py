@@ -1,6 +1,7 @@
 """The commands `espalier launch` starts, and its complaints."""
 
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,48 @@ def test_slurm_script(capsys: pytest.CaptureFixture[str]) -> None:
     assert "@" not in script.replace("TERM@300", "")
     assert "DS_ACCELERATOR" not in script  # the node decides
     assert "-m train.main distill b.yaml 'out=x y' ;;" in script
+
+
+STAND_INS = {
+    "srun": 'n=$(cat "$DIR/n"); echo $((n + 1)) > "$DIR/n"; exit $(sed -n "$((n + 1))p" "$DIR/codes")',
+    "scontrol": 'echo "$@" > "$DIR/queued"',
+}
+
+
+@pytest.mark.parametrize(
+    ("codes", "starts", "code", "requeued"),
+    [
+        ((0,), 1, 0, False),
+        ((75,), 1, 75, True),
+        ((2,), 1, 2, False),
+        ((1, 137, 75), 3, 75, True),
+        ((1, 1, 1, 0), 3, 1, False),
+    ],
+)
+def test_slurm_script_runs(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    codes: tuple[int, ...],
+    starts: int,
+    code: int,
+    requeued: bool,
+) -> None:
+    """The script itself, with srun and scontrol replaced: two restarts, a stop is queued again."""
+    arguments = ["--slurm", "-n", "2", "--max-restarts", "2", "--dry-run"]
+    assert run([*arguments, "--", "distill", "a.yaml"]) == 0
+    (tmp_path / "job.sh").write_text(capsys.readouterr().out)
+    for name, text in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "n").write_text("0")
+    (tmp_path / "codes").write_text("".join(f"{c}\n" for c in codes))
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", str(tmp_path / "job.sh")], env=environment, check=False)
+    assert done.returncode == code
+    assert int((tmp_path / "n").read_text()) == starts
+    assert (tmp_path / "queued").exists() == requeued
+    if requeued:
+        assert (tmp_path / "queued").read_text() == "requeue 7\n"
 
 
 def test_slurm_inside_an_allocation(
