@@ -266,8 +266,8 @@ def _hosts(hostfile: str, shared: Sequence[Path]) -> Iterator[Finding]:
 
 
 def warm() -> int:
-    """Compiles DeepSpeed's helpers for this machine into TORCH_EXTENSIONS_DIR (45 s each, then
-    cached).
+    """Compiles DeepSpeed's helpers for this machine into TORCH_EXTENSIONS_DIR (about a minute each,
+    then cached): collectives in shared memory, and the optimizer of engine.offload.
     """
     from train.runtime.distributed import choose_accelerator
 
@@ -279,10 +279,12 @@ def warm() -> int:
         print("espalier: nothing to compile ahead on a GPU machine")
         return 0
     from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
+    from deepspeed.ops.op_builder.cpu_adam import CPUAdamBuilder
 
     started = time.monotonic()
-    ShareMemCommBuilder().load(verbose=False)
-    print(f"espalier: DeepSpeed's CPU helper is ready ({time.monotonic() - started:.0f} s)")
+    for builder in (ShareMemCommBuilder, CPUAdamBuilder):
+        builder().load(verbose=False)
+    print(f"espalier: DeepSpeed's CPU helpers are ready ({time.monotonic() - started:.0f} s)")
     return 0
 
 
