@@ -19,7 +19,8 @@ from models.xvlm import XVLM
 from train.checkpoint.manager import CheckpointManager
 from train.checkpoint.state import plain_config
 from train.config import RemoteConfig, RunConfig, SourceConfig
-from train.evaluation.pictures import vqa_pictures
+from train.evaluation.pictures import pretrain_pictures, vqa_pictures
+from train.evaluation.pretrain import evaluate_pretraining
 from train.evaluation.runner import evaluate
 from train.evaluation.vqa import AnswerList
 from train.monitor import Monitor
@@ -254,19 +255,38 @@ def build(config: RunConfig, dist: Distributed) -> Run:
     )
     if config.data.val is not None:
         held_out = loader(kind, config.data.val, False)
-        run.validate = lambda step: _validate(run, held_out)
-        if kind == "vqa" and answers is not None:
-            run.pictures = lambda step: _pictures(run, step, answers, held_out)
+        places = loader("region", config.data.val, False) if regions else None
+        run.validate = lambda step: _validate(run, held_out, places)
+        run.pictures = lambda step: _pictures(run, step, answers, held_out, places)
     return run
 
 
-def _validate(run: Run, held_out: Loader) -> dict[str, float]:
+def _validate(run: Run, held_out: Loader, places: Loader | None) -> dict[str, float]:
     """Held-out metrics; a run that prunes is judged with the gates that evaluation will use."""
+    if run.config.task == "pretrain":
+        return evaluate_pretraining(run.student, held_out, places, run.dist)
     with run.gates.evaluation() if run.gates is not None else nullcontext():
         return evaluate(run.student, run.task, held_out, run.dist)
 
 
-def _pictures(run: Run, step: int, answers: AnswerList, held_out: Loader) -> None:
+def _pictures(
+    run: Run, step: int, answers: AnswerList | None, held_out: Loader, places: Loader | None
+) -> None:
+    """Held-out examples; a task without a way to show any has none."""
+    if run.config.task == "pretrain":
+        pretrain_pictures(
+            run.monitor,
+            step,
+            run.student,
+            held_out,
+            places,
+            run.tokenizer,
+            run.dist,
+            run.teacher,
+        )
+        return
+    if answers is None:
+        return
     with run.gates.evaluation() if run.gates is not None else nullcontext():
         vqa_pictures(
             run.monitor,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from train.monitor.pictures import as_tensor
 
 __all__ = ["gate_heatmaps"]
 
@@ -20,11 +21,6 @@ def _colour(value: float) -> tuple[int, int, int]:
     share = min(max(value, 0.0), 1.0)
     mixed = [round(a + (b - a) * share) for a, b in zip(_CLOSED, _OPEN, strict=True)]
     return mixed[0], mixed[1], mixed[2]
-
-
-def _to_tensor(picture: Image.Image) -> Tensor:
-    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return flat.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
 
 
 def _rows(slots: Mapping[str, Tensor], modality: str) -> list[tuple[str, str, list[float]]]:
@@ -78,6 +74,6 @@ def gate_heatmaps(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     modalities = dict.fromkeys(name.split(".")[0] for name in slots)
     return {
-        f"gates/{modality}": _to_tensor(_draw(modality, _rows(slots, modality)))
+        f"gates/{modality}": as_tensor(_draw(modality, _rows(slots, modality)))
         for modality in modalities
     }

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-__all__ = ["answer_caption", "caption_grid"]
+__all__ = ["answer_caption", "as_tensor", "caption_grid", "draw_boxes", "framed", "overlay"]
 
 _FONT_SIZE = 14
 _LINE = 18
@@ -46,6 +47,63 @@ def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: 
     if len(lines) > _MAX_LINES:
         lines = [*lines[: _MAX_LINES - 1], lines[_MAX_LINES - 1] + " ..."]
     return lines
+
+
+def draw_boxes(image: Tensor, boxes: Sequence[tuple[Sequence[float], str]]) -> Tensor:
+    """The picture (3, H, W) uint8 with frames drawn into it, enlarged where it is small.
+
+    Args:
+        boxes: normalised (cx, cy, w, h), and the frame's colour; later ones lie on top.
+    """
+    picture = _picture(_enlarged(image))
+    width, height = picture.size
+    draw, line = ImageDraw.Draw(picture), max(2, width // 96)
+    for (cx, cy, w, h), colour in boxes:
+        left, right = sorted(((cx - w / 2) * width, (cx + w / 2) * width))
+        top, bottom = sorted(((cy - h / 2) * height, (cy + h / 2) * height))
+        corners = (max(0, left), max(0, top), min(width - 1, right), min(height - 1, bottom))
+        if corners[0] <= corners[2] and corners[1] <= corners[3]:  # some of it is in the picture
+            draw.rectangle(corners, outline=colour, width=line)
+    return as_tensor(picture)
+
+
+def overlay(image: Tensor, weights: Tensor) -> Tensor:
+    """The picture (3, H, W) uint8 in grey, with weights (g, g) >= 0 of its patches in colour above.
+
+    The largest weight is red whatever its size: the picture shows where, not how much.
+    """
+    large = _enlarged(image).float()
+    heat = weights.detach().float().cpu()
+    heat = heat / heat.max().clamp_min(1e-12)
+    heat = F.interpolate(heat[None, None], size=large.shape[1:], mode="bilinear")[0, 0]
+    grey = large.mean(dim=0, keepdim=True).expand(3, -1, -1) * 0.6 + 60
+    # From yellow to red; as opaque as the weight is large.
+    colour = torch.stack(
+        [torch.full_like(heat, 225), 190 * (1 - heat) + 20, torch.zeros_like(heat)]
+    )
+    opacity = 0.85 * heat**1.5
+    return (grey * (1 - opacity) + colour * opacity).clamp(0, 255).to(torch.uint8)
+
+
+def framed(image: Tensor, colour: str) -> Tensor:
+    """The picture (3, H, W) uint8 inside a frame of its own size, enlarged where it is small."""
+    return draw_boxes(image, [((0.5, 0.5, 1.0, 1.0), colour)])
+
+
+def _enlarged(image: Tensor) -> Tensor:
+    """(3, H, W) uint8 on the CPU, whole-number times as large so that details can be drawn."""
+    times = max(1, math.ceil(_MIN_SIDE / image.shape[2]))
+    return image.cpu().repeat_interleave(times, 1).repeat_interleave(times, 2)
+
+
+def _picture(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def as_tensor(picture: Image.Image) -> Tensor:
+    """A picture as (3, H, W) uint8."""
+    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return flat.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
 
 
 def caption_grid(images: Tensor, captions: Sequence[str], columns: int | None = None) -> Tensor:
@@ -88,5 +146,4 @@ def caption_grid(images: Tensor, captions: Sequence[str], columns: int | None = 
         canvas.paste(picture, (x, y))
         for n, line in enumerate(lines):
             draw.text((x, y + cell_h + 4 + n * _LINE), line, fill="black", font=font)
-    flat = torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8)
-    return flat.view(canvas.height, canvas.width, 3).permute(2, 0, 1).contiguous()
+    return as_tensor(canvas)
