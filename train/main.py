@@ -179,7 +179,10 @@ def _stage(name: str, rest: Sequence[str]) -> int:
     _warn(config, sources)
     from train import stages
 
-    return stages.run(config, options.resume, options.dry_run, options.rebase)
+    plan = {key: getattr(options, key) for key in ("ranks", "samples_per_s", "like")}
+    if any(plan.values()) and not options.dry_run:
+        raise ValueError("--ranks, --samples-per-s and --like belong to --dry-run: add it")
+    return stages.run(config, options.resume, options.dry_run, options.rebase, plan)
 
 
 def _stage_parser(name: str) -> argparse.ArgumentParser:
@@ -213,9 +216,29 @@ def _stage_parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print sizes, shapes and a memory estimate; no data needed",
+        help="print sizes, memory for each ZeRO stage, work and hours; needs no data and no GPU",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=_counts,
+        default=(),
+        metavar="N[,N...]",
+        help="with --dry-run: numbers of devices (default: 8,1,64, or the launcher's)",
+    )
+    parser.add_argument(
+        "--samples-per-s",
+        type=float,
+        metavar="N",
+        help="with --dry-run: speed of all devices together, for hours and MFU",
+    )
+    parser.add_argument(
+        "--like", metavar="RUN", help="with --dry-run: take the speed from an earlier run's records"
     )
     return parser
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
 
 
 def _warn(config: object, sources: dict[str, str]) -> None:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from train.config import RunConfig
 
 __all__ = ["run"]
 
 
 def run(
-    config: RunConfig, resume: str = "auto", dry_run: bool = False, rebase: bool = False
+    config: RunConfig,
+    resume: str = "auto",
+    dry_run: bool = False,
+    rebase: bool = False,
+    plan: Mapping[str, Any] | None = None,
 ) -> int:
     """Run one stage, or describe it without data or devices (`dry_run`).
+
+    Args:
+        plan: "ranks", "samples_per_s" and "like" of a dry run, see `dry_run.Asked`.
 
     Returns:
         0 when done, 75 when stopped by a signal with a checkpoint saved.
@@ -21,10 +33,21 @@ def run(
 
     check_stage(config)
     if dry_run:
-        from train.stages.dry_run import describe
-
-        print(describe(config))
+        if os.environ.get("RANK", "0") == "0":  # under a launcher every rank would say the same
+            _describe(config, plan or {})
         return 0
     from train.stages.walk import walk
 
     return walk(config, resume, rebase)
+
+
+def _describe(config: RunConfig, plan: Mapping[str, Any]) -> None:
+    from train.stages.dry_run import Asked, describe
+
+    like = plan.get("like")
+    asked = Asked(
+        tuple(plan.get("ranks") or ()),
+        plan.get("samples_per_s"),
+        None if like is None else Path(like),
+    )
+    print(describe(config, asked))

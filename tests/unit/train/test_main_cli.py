@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,8 +92,24 @@ def test_a_stage_gets_its_configuration_and_its_code_comes_back(
         "x",
     ]
     assert cli.main([*local_rank, *rest]) == code
-    config, resume, dry_run, rebase = seen[0]
+    config, resume, dry_run, rebase, plan = seen[0]
+    assert not any(plan.values())
     assert (config.optim.lr, config.seed, resume, dry_run, rebase) == (0.5, 3, "x", True, True)
+
+
+def test_a_dry_run_passes_on_what_it_was_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from train import stages
+
+    seen: list[Any] = []
+    monkeypatch.setattr(stages, "run", lambda *arguments: seen.append(arguments) or 0)
+    asked = ["--ranks", "4,16", "--like", "runs/x"]
+    assert cli.main(["distill", "blocksworld-distill", "--dry-run", *asked]) == 0
+    assert seen[0][-1] == {"ranks": (4, 16), "samples_per_s": None, "like": "runs/x"}
+    assert cli.main(["distill", "blocksworld-distill", "--samples-per-s", "3"]) == 2
+    assert "belong to --dry-run" in capsys.readouterr().err and len(seen) == 1
+    assert cli.main(["distill", "blocksworld-distill", "--dry-run", "--ranks", "two"]) == 2
 
 
 @pytest.mark.parametrize("error", [ValueError("key: bad"), FileNotFoundError("data: gone")])

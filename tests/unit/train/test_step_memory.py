@@ -96,6 +96,7 @@ def estimate(overrides: list[str], kd: bool, stage: int) -> dict[str, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize(
     ("stage", "kd", "recompute"),
@@ -108,7 +109,7 @@ def test_a_real_step_takes_what_was_estimated(stage: int, kd: bool, recompute: b
         f"engine.config=zero{stage}",
         f"engine.activation_checkpointing={str(recompute).lower()}",
     ]
-    real = run_ranks(real_step, 1, overrides, ["general"], kd)[0]["peak"]
+    real = run_ranks(real_step, 1, overrides, ["general"], kd, timeout=900)[0]["peak"]
     found = estimate(overrides, kd, stage)["peak"]
     assert found == pytest.approx(real, rel=0.15), f"{found / 2**20:.0f} of {real / 2**20:.0f} MiB"
 
