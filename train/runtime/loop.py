@@ -240,8 +240,8 @@ def _between_steps(
         run.monitor.histograms(step, run.gates.histograms())
         for tag, picture in gate_pictures(run.gates).items():
             run.monitor.image(step, tag, picture)
-    pictures = run.pictures is not None and (_due(config.log.pictures_every, step) or last)
-    if pictures and not stop.agreed:
+    pictures = (_due(config.log.pictures_every, step) or last) and not stop.agreed
+    if run.pictures is not None and pictures:
         report.at(f"the pictures of step {step}")
         run.pictures(step)
         run.student.train()
