@@ -62,6 +62,8 @@ step() { # step NAME COMMAND...
 step doctor "$python" -m train.doctor
 step tests "$python" -m pytest -m gpu -q
 step distributed "$python" -m pytest tests/distributed -q
+step model_step "$python" benchmarks/model_step.py --variants plain ours checkpointed compiled --json "$results/model_step-$gpu.json"
+step fused_qkv "$python" benchmarks/fused_qkv.py --json "$results/fused_qkv-$gpu.json"
 
 for name in "${chosen[@]+"${chosen[@]}"}"; do
   if [[ " ${known[*]} " != *" $name "* ]]; then
