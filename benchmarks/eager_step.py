@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.batches import PretrainBatch
-from models.layers import Attention, BertLayer, ViTBlock
+from models.attention import Attention
+from models.layers import BertLayer, ViTBlock
 from models.xvlm import XVLM
 from train.losses import vl
 

@@ -42,7 +42,13 @@ METRICS = (
 )
 BATCH = 64  # images of an evaluation batch, among which retrieval chooses
 BOX_BATCHES = 24  # of 24 pictures and 64 rows each
-_SETTINGS = {"max_tokens": 40, "image_size": 48, "patch_size": 8, "seed": 0, "batch": BATCH}
+_SETTINGS: dict[str, Any] = {
+    "max_tokens": 40,
+    "image_size": 48,
+    "patch_size": 8,
+    "seed": 0,
+    "batch": BATCH,
+}
 
 
 def command(args: argparse.Namespace, teacher: bool, seed: int, init: Path, out: Path) -> list[str]:
@@ -121,8 +127,8 @@ def box_iou(model: Any, batches: Iterable[Any]) -> float:
             images = model.encode_image(batch.images).last[batch.image_index]
             text = model.encode_text(batch.text_ids, batch.text_mask).last
             pred = model.predict_box(model.fuse(text, batch.text_mask, images).last)
-            pair = [box_convert(boxes, "cxcywh", "xyxy") for boxes in (pred, batch.boxes)]
-            iou = overlaps(*pair).diagonal()[batch.is_region]
+            pred, target = (box_convert(b, "cxcywh", "xyxy") for b in (pred, batch.boxes))
+            iou = overlaps(pred, target).diagonal()[batch.is_region]
             total, count = total + float(iou.sum()), count + iou.numel()
     return total / count
 

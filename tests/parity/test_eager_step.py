@@ -22,7 +22,7 @@ def tiny(depth: int, seed: int) -> XVLM:
     """Weights large enough that maps are far from uniform."""
     torch.manual_seed(seed)
     name = "blocksworld-micro-teacher" if depth == 4 else "blocksworld-micro-student"
-    model = XVLM(presets.config(name, **{"text.vocab_size": 64}))
+    model = XVLM(presets.config(name, text={"vocab_size": 64}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
