@@ -19,20 +19,30 @@ from models.xvlm import XVLM
 from train.checkpoint.manager import CheckpointManager
 from train.checkpoint.state import plain_config
 from train.config import RemoteConfig, RunConfig, SourceConfig
+from train.evaluation.captioning import CaptionWriter
 from train.evaluation.pictures import pretrain_pictures, vqa_pictures
 from train.evaluation.pretrain import evaluate_pretraining
-from train.evaluation.runner import evaluate
+from train.evaluation.runner import EvaluatesSplit, evaluate
 from train.evaluation.vqa import AnswerList
 from train.monitor import Monitor
 from train.monitor.flops import StepCost, step_cost
 from train.runtime.distributed import Distributed
-from train.runtime.engine import build_engine, parameter_groups
+from train.runtime.engine import (
+    build_engine,
+    engine_settings,
+    parameter_groups,
+    zero_stage,
+)
 from train.runtime.gate_optimizer import GateOptimizer
 from train.runtime.step import EngineModule
 from train.runtime.teacher import Teacher
 from train.student import FirstWeights, build_student
 from train.tasks.base import Task
+from train.tasks.captioning import CaptionTask
+from train.tasks.grounding import GroundingTask
+from train.tasks.nlvr2 import Nlvr2Task
 from train.tasks.pretrain import PretrainTask
+from train.tasks.retrieval import RetrievalTask
 from train.tasks.vqa import VqaTask
 
 __all__ = [
@@ -100,19 +110,31 @@ def load_answers(config: RunConfig, tokenizer: Any) -> AnswerList | None:
 
 
 def build_task(
-    config: RunConfig, student: XVLM, teacher: XVLM | None, answers: AnswerList | None
+    config: RunConfig,
+    student: XVLM,
+    teacher: XVLM | None,
+    answers: AnswerList | None,
+    tokenizer: Any = None,
 ) -> Task:
+    """The task of a run; without answers (VQA) or tokenizer (captioning) it trains and does not
+    evaluate.
+    """
     theirs = None if teacher is None else teacher.config
+    common = (config.loss, config.kd, student.config, theirs)
+    pairs = (config.negatives == "global", config.itc_scaling == "published")
     if config.task == "vqa":
-        return VqaTask(config.loss, config.kd, student.config, theirs, answers, config.eval.top_k)
-    return PretrainTask(
-        config.loss,
-        config.kd,
-        student.config,
-        theirs,
-        config.negatives == "global",
-        config.itc_scaling == "published",
-    )
+        return VqaTask(*common, answers, config.eval.top_k)
+    if config.task == "nlvr2":
+        return Nlvr2Task(*common)
+    if config.task == "retrieval":
+        return RetrievalTask(*common, *pairs, config.eval.top_k)
+    if config.task == "captioning":
+        limits = config.eval.beams, config.eval.max_length, config.eval.min_length
+        writer = None if tokenizer is None else CaptionWriter(tokenizer, *limits)
+        return CaptionTask(*common, config.label_smoothing, writer)
+    if config.task == "grounding":
+        return GroundingTask(*common)
+    return PretrainTask(*common, *pairs)
 
 
 def remote_options(remote: RemoteConfig) -> RemoteOptions:
@@ -149,11 +171,13 @@ def _loader(
         image_size=model.vision.image_size,
         patch_size=model.vision.patch_size,
         max_tokens=data.max_tokens,
+        max_words=data.max_words,
         max_answer_tokens=data.max_answer_tokens,
         mlm_probability=data.mlm_probability,
         mlm_max=data.mlm_max,
         rows_per_image=data.rows_per_image,
         augment=data.augment if train else "none",
+        prompt=data.prompt,
         workers=data.workers if train else 0,
         block=data.block,
         window_blocks=data.window_blocks,
@@ -200,7 +224,8 @@ def build(config: RunConfig, dist: Distributed) -> Run:
     answers = load_answers(config, tokenizer) if config.task == "vqa" else None
     if answers is not None:
         answers = answers.to(dist.device)
-    task = build_task(config, student, teacher_model, answers)
+    task = build_task(config, student, teacher_model, answers, tokenizer)
+    _check_validation(config, task, dist)
     gates = _gates(config, student, dist)
     engine = build_engine(
         config,
@@ -211,7 +236,7 @@ def build(config: RunConfig, dist: Distributed) -> Run:
     def loader(kind: str, source: str | Sequence[SourceConfig], train: bool) -> Loader:
         return _loader(config, kind, source, student.config, tokenizer, dist, train)
 
-    kind = "vqa" if config.task == "vqa" else "pretrain"
+    kind = config.task
     regions = config.data.region.probability > 0 and kind == "pretrain"
     # Until the loop knows where it resumes, a monitor that writes nothing stands in.
     silent = Monitor(directory, config.optim.steps, 1, config.log)
@@ -259,6 +284,17 @@ def build(config: RunConfig, dist: Distributed) -> Run:
         run.validate = lambda step: _validate(run, held_out, places)
         run.pictures = lambda step: _pictures(run, step, answers, held_out, places)
     return run
+
+
+def _check_validation(config: RunConfig, task: Task, dist: Distributed) -> None:
+    """Ranks pass through the model as often as their images need, when a whole split is scored."""
+    split = isinstance(task, EvaluatesSplit) and config.data.val is not None
+    if split and dist.world_size > 1 and zero_stage(engine_settings(config)) == 3:
+        raise ValueError(
+            f"data.val: validation of task {config.task} runs the model unequally often on the "
+            "ranks, which parameters partitioned by ZeRO-3 do not allow: use engine.config=zero2, or "
+            "data.val=null and espalier eval"
+        )
 
 
 def _validate(run: Run, held_out: Loader, places: Loader | None) -> dict[str, float]:

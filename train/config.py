@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 Stage = Literal["pretrain", "distill", "finetune", "prune"]
-TaskName = Literal["pretrain", "vqa"]
+TaskName = Literal["pretrain", "vqa", "nlvr2", "retrieval", "captioning", "grounding"]
 Compile = Literal["none", "default", "reduce-overhead", "max-autotune"]
 _STRICT = ConfigDict(extra="forbid")
 
@@ -106,9 +106,10 @@ class DataConfig:
         region_train: the same for region batches; None uses `train`.
         batch: images per rank and micro-batch.   global_batch: over all ranks; given, it replaces
             `batch`, so that a run can go on with another number of ranks unchanged.
-        rows_per_image: questions drawn per image (VQA).
-        max_tokens: text length after padding.   augment: "none", "blocksworld", "pretrain" or
-            "finetune".
+        rows_per_image: texts drawn per image (not in pre-training).
+        max_tokens: text length after padding.   max_words: words of a text that are kept, 0: as many
+            as max_tokens.   prompt: what captions start with (captioning).
+        augment: "none", "blocksworld", "pretrain" or "finetune".
         window_blocks, block: shuffle window (blocks of samples mixed at a time) and block size.
         groups: canonical groups of the order; 0 chooses (docs/data.md).   mix_period: samples in
             which the shares of a mixture are exact.
@@ -123,6 +124,8 @@ class DataConfig:
     global_batch: int | None = None
     rows_per_image: int = 1
     max_tokens: int = 40
+    max_words: int = 0
+    prompt: str = "a picture of"
     max_answer_tokens: int = 8
     mlm_probability: float = 0.25
     mlm_max: int = 8
@@ -341,13 +344,18 @@ class LogConfig:
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class EvalConfig:
     """Validation during training: every `every` general steps (0: only at the end), on `samples`
-    samples (0: all). `top_k`: answers kept after the first token when VQA ranks its answer list.
+    samples (0: all). `top_k`: answers kept after the first token when VQA ranks its answer list, and
+    candidates that retrieval ranks again by the matching head. `beams`, `max_length`, `min_length`:
+    of captions, lengths in tokens with [CLS] and prompt.
     """
 
     every: int = 0
     samples: int = 0
     batch: int = 64
     top_k: int = 128
+    beams: int = 3
+    max_length: int = 20
+    min_length: int = 5
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -363,6 +371,7 @@ class RunConfig:
             published.
         itc_scaling: "published" divides the gradient of the contrastive features by the number of
             ranks, as the released code does; "exact" is the gradient of the global loss.
+        label_smoothing: of captions (published: 0.1 in fine-tuning).
     """
 
     stage: Stage
@@ -377,6 +386,7 @@ class RunConfig:
     loss: dict[str, float] = field(default_factory=dict)
     negatives: Literal["global", "local"] = "global"
     itc_scaling: Literal["exact", "published"] = "exact"
+    label_smoothing: float = 0.0
     kd: KdConfig = KdConfig()
     prune: PruneConfig | None = None
     engine: EngineConfig = EngineConfig()

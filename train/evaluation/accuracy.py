@@ -17,6 +17,7 @@ __all__ = [
     "find_split",
     "questions_of",
     "require_form",
+    "tokenizer_of",
     "vqa_loader",
 ]
 
@@ -36,7 +37,7 @@ def find_split(data: Path, task: str, split: str) -> Path:
     )
 
 
-def _tokenizer(model: Path, split: Path) -> Any:
+def tokenizer_of(model: Path, split: Path) -> Any:
     """The model's own tokenizer, or the data folder's where the model came without one."""
     from data_pipeline.text import load_tokenizer
 
@@ -108,7 +109,7 @@ def evaluate_model(
     where = find_split(data, "vqa", split)
     model = from_pretrained(folder, device=device)
     require_form(model, "vqa", folder)
-    tokenizer = _tokenizer(folder, where)
+    tokenizer = tokenizer_of(folder, where)
     task = VqaEvaluator(AnswerList.load(where, tokenizer).to(device), top_k, published, annotators)
     loader = vqa_loader(where, tokenizer, model, batch, max_tokens, limit)
     result = evaluate(model, task, loader, progress=True)

@@ -36,11 +36,26 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--top-k", type=int, default=128, help="answers kept after the first token")
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=128,
+        help="candidates ranked in full: answers (vqa), or the other side (retrieval)",
+    )
     parser.add_argument(
         "--device", default=None, help="cpu or cuda; default: cuda where there is one"
     )
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's")
+
+
+def _captions(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("captioning")
+    group.add_argument("--prompt", default="a picture of", help="what captions start with")
+    group.add_argument("--beams", type=int, default=3, help="of the search; 1 is greedy")
+    group.add_argument("--max-length", type=int, default=20, help="tokens, with [CLS] and prompt")
+    group.add_argument(
+        "--java", action="store_true", help="METEOR and SPICE too, by pycocoevalcap and Java"
+    )
 
 
 def add_parsers(subparsers: Any) -> None:
@@ -57,11 +72,11 @@ def add_parsers(subparsers: Any) -> None:
         "eval", "Accuracy of a model on a task, with the language-only baseline beside it."
     )
     parser.add_argument("model", type=Path, help="model folder")
-    parser.add_argument("--task", choices=["vqa"], required=True)
-    parser.add_argument("--data", type=Path, required=True, help="data folder (holds vqa/SPLIT)")
+    parser.add_argument("--task", choices=list(_SAID), required=True)
+    parser.add_argument("--data", type=Path, required=True, help="data folder (holds TASK/SPLIT)")
     parser.add_argument("--split", default="test")
     parser.add_argument("--batch", type=int, default=64, help="pictures per batch")
-    parser.add_argument("--max-tokens", type=int, default=40, help="question tokens after padding")
+    parser.add_argument("--max-tokens", type=int, default=40, help="text tokens after padding")
     parser.add_argument("--limit", type=int, default=0, help="samples (pictures) to use; 0: all")
     parser.add_argument(
         "--published", action="store_true", help="count the first token twice, as the paper"
@@ -72,6 +87,7 @@ def add_parsers(subparsers: Any) -> None:
     parser.add_argument(
         "--no-blind", action="store_true", help="leave the language-only baseline out"
     )
+    _captions(parser)
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers here")
     _shared(parser)
 
@@ -136,7 +152,23 @@ def _write(path: Path | None, values: Mapping[str, Any]) -> None:
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+def _eval_downstream(args: argparse.Namespace) -> int:
+    from train.evaluation.downstream import evaluate_task, table
+
+    result = evaluate_task(
+        args.model, args.task, args.data, args.split,
+        batch=args.batch, max_tokens=args.max_tokens, limit=args.limit, top_k=args.top_k,
+        prompt=args.prompt, beams=args.beams, max_length=args.max_length, java=args.java,
+        device=args.device,
+    )  # fmt: skip
+    _write(args.json, {"model": str(args.model), "task": args.task, "split": args.split} | result)
+    print(f"{args.model}: {args.task} {args.split}\n{table(result)}")
+    return 0
+
+
 def _eval(args: argparse.Namespace) -> int:
+    if args.task != "vqa":
+        return _eval_downstream(args)
     from train.evaluation.accuracy import evaluate_model
 
     result = evaluate_model(

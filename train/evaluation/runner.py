@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from data_pipeline.batches import Batch
     from models.xvlm import XVLM
 
-__all__ = ["Evaluates", "evaluate"]
+__all__ = ["Evaluates", "EvaluatesSplit", "evaluate"]
 
 
 class Evaluates(Protocol):
@@ -24,6 +24,19 @@ class Evaluates(Protocol):
 
     def evaluate(self, model: Any, batch: Any) -> dict[str, Any]:
         """name -> (sum, count) over the valid rows of one batch."""
+        ...
+
+
+@runtime_checkable
+class EvaluatesSplit(Protocol):
+    """A task whose metrics are no means over rows: it goes over the split itself."""
+
+    def evaluate_split(
+        self, model: Any, batches: Callable[[], Iterator[Any]], dist: Any = None
+    ) -> dict[str, float]:
+        """Metrics over all ranks. `batches` starts a pass, with batches on the model's device; all
+        ranks start as many passes.
+        """
         ...
 
 
@@ -45,10 +58,41 @@ def _reduce(sums: dict[str, list[float]], world_size: int) -> dict[str, list[flo
     return total
 
 
-def evaluate(
-    model: XVLM, task: Evaluates, loader: Iterable[Batch], dist: Any = None, progress: bool = False
+def _batches(
+    loader: Iterable[Batch], device: torch.device, dist: Any, quiet: bool
+) -> Iterator[Batch]:
+    """One pass, with a bar where somebody looks; it ends early when all ranks are to stop."""
+    for batch in tqdm(loader, desc="evaluate", unit="batch", disable=None if not quiet else True):
+        yield batch.to(device)
+        # Once a batch on every rank: all have equally many, so none asks alone.
+        if dist is not None and poll():
+            raise Stopped("validation was left for a stop")
+
+
+def _means(
+    model: XVLM, task: Evaluates, batches: Iterable[Batch], world_size: int
 ) -> dict[str, float]:
-    """Mean of every metric over all ranks' valid rows, and "NAME_count" of the ungrouped ones.
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for batch in batches:
+        for name, (value, count) in task.evaluate(model, batch).items():
+            sums[name][0] += float(value)
+            sums[name][1] += float(count)
+    total = _reduce(sums, world_size)
+    result = {
+        name: value / count if count else 0.0 for name, (value, count) in sorted(total.items())
+    }
+    return result | {f"{name}_count": total[name][1] for name in sorted(total) if "/" not in name}
+
+
+def evaluate(
+    model: XVLM,
+    task: Evaluates | EvaluatesSplit,
+    loader: Iterable[Batch],
+    dist: Any = None,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Mean of every metric over all ranks' valid rows, and "NAME_count" of the ungrouped ones; or
+    what the task makes of the whole split (`EvaluatesSplit`).
 
     Args:
         task: gives name -> (sum, count) per batch; "accuracy/colour" is a metric grouped by
@@ -61,25 +105,16 @@ def evaluate(
         Stopped: all ranks were told to stop (only where a stage handles signals).
     """
     device = dist.device if dist is not None else next(model.parameters()).device
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     quiet = not progress or (dist is not None and dist.rank != 0)
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            for batch in tqdm(
-                loader, desc="evaluate", unit="batch", disable=None if not quiet else True
-            ):
-                for name, (value, count) in task.evaluate(model, batch.to(device)).items():
-                    sums[name][0] += float(value)
-                    sums[name][1] += float(count)
-                # Once a batch on every rank: all have equally many, so none asks alone.
-                if dist is not None and poll():
-                    raise Stopped("validation was left for a stop")
+            if isinstance(task, EvaluatesSplit):
+                return task.evaluate_split(
+                    model, lambda: _batches(loader, device, dist, quiet), dist
+                )
+            batches = _batches(loader, device, dist, quiet)
+            return _means(model, task, batches, 1 if dist is None else dist.world_size)
     finally:
         model.train(was_training)
-    total = _reduce(sums, 1 if dist is None else dist.world_size)
-    result = {
-        name: value / count if count else 0.0 for name, (value, count) in sorted(total.items())
-    }
-    return result | {f"{name}_count": total[name][1] for name in sorted(total) if "/" not in name}

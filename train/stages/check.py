@@ -13,7 +13,14 @@ from train.config import KdConfig, RegionConfig, RunConfig
 __all__ = ["check_stage"]
 
 _LOG = logging.getLogger(__name__)
-_TERMS = {"pretrain": ("itc", "itm", "mlm", "box_l1", "box_giou"), "vqa": ("answer",)}
+_TERMS = {
+    "pretrain": ("itc", "itm", "mlm", "box_l1", "box_giou"),
+    "vqa": ("answer",),
+    "nlvr2": ("truth",),
+    "retrieval": ("itc", "itm"),
+    "captioning": ("caption",),
+    "grounding": ("box_l1", "box_giou"),
+}
 
 
 def check_stage(config: RunConfig) -> None:
@@ -60,5 +67,9 @@ def check_stage(config: RunConfig) -> None:
         _LOG.warning(
             "optim.new_lr_multiplier: has no effect, no module is fresh beside loaded ones"
         )
+    if not 0 <= config.label_smoothing < 1:
+        raise ValueError(f"label_smoothing: {config.label_smoothing} is not in [0, 1)")
+    if config.task != "captioning" and config.label_smoothing:
+        _LOG.warning("label_smoothing: has no effect for task %s", config.task)
     if config.task != "pretrain" and config.data.region != RegionConfig():
         _LOG.warning("data.region: has no effect for task %s", config.task)

@@ -116,8 +116,9 @@ class Task(ABC):
         calls.
         """
 
-    @abstractmethod
     def evaluate(self, model: XVLM, batch: Batch) -> dict[str, Any]:
         """Sums over the batch's valid rows: name -> (sum, count) as tensors; the runner adds them
-        over ranks.
+        over ranks. Tasks that need the whole split at once have `evaluate_split` instead (see
+        `evaluation.runner`).
         """
+        raise NotImplementedError(f"task {self.name} is not evaluated batch by batch")

@@ -1,0 +1,54 @@
+"""Image-text matching: each pair, its image with another text and its text with another image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.outputs import Capture, EncoderOutput
+from models.xvlm import XVLM
+from train.losses.gather import RowExchange
+from train.losses.vl import HardNegatives
+
+__all__ = ["Partners", "match"]
+
+
+class Partners:
+    """Where each row's negative image and negative text are, and how to get them: one exchange for
+    each, used by student and teacher alike. Collective, see `RowExchange`.
+
+    Args:
+        rows: B, of each rank.   local: the negatives are rows of the own rank.
+    """
+
+    def __init__(self, negatives: HardNegatives, rows: int, local: bool) -> None:
+        self.images = RowExchange(negatives.image_for_text, rows, local)
+        self.texts = RowExchange(negatives.text_for_image, rows, local)
+
+
+def match(
+    model: XVLM,
+    text: Tensor,
+    text_mask: Tensor,
+    image: Tensor,
+    partners: Partners,
+    image_mask: Tensor | None = None,
+    capture: Capture | None = None,
+) -> tuple[EncoderOutput, Tensor]:
+    """One fusion pass of 3B rows: B matching pairs, B texts with another image, B images with
+    another text; and their matching logits (3B, 2).
+
+    Args:
+        text, text_mask: (B, L, D), (B, L).   image, image_mask: (B, P, D), (B, P) or None.
+    """
+    images, texts = partners.images, partners.texts
+    if image_mask is not None:
+        image_mask = torch.cat([image_mask, images.take(image_mask), image_mask])
+    fused = model.fuse(
+        torch.cat([text, text, texts.take(text)]),
+        torch.cat([text_mask, text_mask, texts.take(text_mask)]),
+        torch.cat([image, images.take(image), image]),
+        image_mask,
+        capture or Capture(),
+    )
+    return fused, model.match_logits(fused.last)
