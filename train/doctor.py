@@ -278,8 +278,8 @@ def warm() -> int:
     if accelerator is None or accelerator.device_name() != "cpu":
         print("espalier: nothing to compile ahead on a GPU machine")
         return 0
-    from deepspeed.ops.op_builder.cpu.adam import CPUAdamBuilder
     from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
+    from deepspeed.ops.op_builder.cpu.cpu_adam import CPUAdamBuilder
 
     started = time.monotonic()
     for builder in (ShareMemCommBuilder, CPUAdamBuilder):
