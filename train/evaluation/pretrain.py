@@ -34,8 +34,8 @@ Sums = dict[str, tuple[Tensor, Tensor]]
 
 def evaluate_pretraining(
     model: XVLM,
-    pairs: Iterable[PretrainBatch],
-    regions: Iterable[PretrainBatch] | None,
+    pairs: Iterable[Any],
+    regions: Iterable[Any] | None,
     dist: Any = None,
     **options: Any,
 ) -> dict[str, float]:

@@ -16,7 +16,7 @@ from train.monitor.console import Console
 from train.monitor.jsonl import JsonlWriter
 from train.monitor.tensorboard import TensorBoard
 from train.monitor.throughput import Throughput
-from train.monitor.wandb import WandB, require_wandb
+from train.monitor.wandb_page import WandB, require_wandb
 
 __all__ = ["Monitor", "flatten"]
 

@@ -71,7 +71,7 @@ def device_peak(device: torch.device, precision: str) -> float | None:
     """`peak_flops` of a device here; None for a CPU."""
     if device.type != "cuda":
         return None
-    tf32 = torch.backends.cuda.matmul.allow_tf32
+    tf32 = bool(torch.backends.cuda.matmul.allow_tf32)
     return peak_flops(torch.cuda.get_device_name(device), precision, tf32)
 
 

@@ -127,7 +127,8 @@ def _data_counters(run: Run) -> dict[str, dict[str, int]]:
     """Skipped samples by kind, and what was fetched over networks, of all ranks since this process
     began. Collective.
     """
-    faults, transfers = dict.fromkeys(FAULT_KINDS, 0), dict.fromkeys(COUNTERS, 0)
+    faults: dict[str, int] = dict.fromkeys(FAULT_KINDS, 0)
+    transfers = dict.fromkeys(COUNTERS, 0)
     for loader in (run.loader, run.region_loader):
         for table, counted in ((faults, "faults"), (transfers, "transfers")):
             for name, count in getattr(loader, counted, {}).items():

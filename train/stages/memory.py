@@ -218,7 +218,7 @@ def step_batch(config: RunConfig, student: ModelConfig, region: bool) -> Batch:
     images = data.region.images if region else data.batch
     per_image = data.rows_per_image if config.task == "vqa" else 1
     rows = data.region.rows if region else images * per_image
-    whole = {
+    whole: dict[str, Any] = {
         "images": torch.zeros(images, 3, side, side, dtype=torch.uint8),
         "image_index": torch.arange(rows) % images,
         "valid": torch.ones(rows, dtype=torch.bool),
@@ -241,7 +241,7 @@ def step_batch(config: RunConfig, student: ModelConfig, region: bool) -> Batch:
             question_types=("",) * rows,
         )
     slots = torch.zeros(rows, data.mlm_max, dtype=torch.int64)
-    regions = {}
+    regions: dict[str, Any] = {}
     if region:
         patches = student.vision.output_tokens
         regions = {

@@ -14,7 +14,10 @@ import numpy
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.plugins.hparams.metadata import (
+    parse_experiment_plugin_data,
+    parse_session_start_info_plugin_data,
+)
 
 from train.config import LogConfig, UserError
 from train.monitor import Monitor
@@ -157,11 +160,11 @@ def test_settings_stand_beside_final_metrics(tmp_path: Path) -> None:
         writer.finished()
     events = read(tmp_path)
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    info = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    info = parse_session_start_info_plugin_data(content).hparams
     assert info["optim.lr"].number_value == 1e-3
     assert (info["teacher.path"].string_value, info["prune"].string_value) == ("None", "True")
     content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
-    experiment = plugin_data_pb2.HParamsPluginData.FromString(content).experiment
+    experiment = parse_experiment_plugin_data(content)
     assert {m.name.tag for m in experiment.metric_infos} == {
         "final/loss/total",
         "final/samples_per_s",

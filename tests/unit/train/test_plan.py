@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -95,12 +96,13 @@ def test_speed_of_an_earlier_run(tmp_path: Path) -> None:
 
 
 def test_what_is_asked_is_checked() -> None:
-    for wrong in (
+    wrongs: tuple[dict[str, Any], ...] = (
         {"ranks": (0,)},
         {"samples_per_s": 0.0},
         {"samples_per_s": -1.0},
         {"samples_per_s": 1.0, "like": Path("x")},
-    ):
+    )
+    for wrong in wrongs:
         with pytest.raises(UserError, match="--"):
             Asked(**wrong)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +25,10 @@ from train.evaluation.pretrain import (
     predict_boxes,
     retrieval_ranks,
 )
+from train.monitor import Monitor
+from train.runtime.teacher import Teacher
 
-HERE = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+HERE: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def model() -> XVLM:
@@ -164,6 +167,7 @@ def test_metrics_are_those_of_a_loop_over_rows() -> None:
     expected = naive(student, BATCHES)
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert found["retrieval_count"] == 7 and found["itm_accuracy_count"] == 14
+    assert REGIONS[0].boxes is not None
     with torch.no_grad():
         overlaps = box_iou(predict_boxes(student, REGIONS[0]), REGIONS[0].boxes)
     assert found["box_iou"] == pytest.approx(overlaps[0].item()), "a copy and a whole picture"
@@ -214,16 +218,16 @@ class Words:
         return " ".join(self.convert_ids_to_tokens(ids))
 
 
-class Seen:
+class Seen(Monitor):
     def __init__(self) -> None:
         self.shown: dict[str, tuple[Tensor, list[str]]] = {}
 
-    def pictures(self, step: int, tag: str, images: Tensor, captions: list[str]) -> None:
+    def pictures(self, step: int, tag: str, images: Tensor, captions: Sequence[str]) -> None:
         assert step == 3 and len(images) == len(captions) and images.dtype == torch.uint8
-        self.shown[tag] = (images, captions)
+        self.shown[tag] = (images, list(captions))
 
 
-class Beside:
+class Beside(Teacher):
     """A teacher that counts how often it ran."""
 
     runs = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
@@ -35,11 +36,9 @@ class WandB:
 
     def __init__(self, project: str, directory: Path, config: Mapping[str, Any]) -> None:
         require_wandb(project)
-        import wandb
-
-        self._wandb = wandb
+        self._wandb: Any = importlib.import_module("wandb")
         identity = hashlib.blake2b(str(directory.resolve()).encode(), digest_size=8).hexdigest()
-        self._run = wandb.init(
+        self._run = self._wandb.init(
             project=project,
             name=directory.resolve().name,
             id=identity,
