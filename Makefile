@@ -20,6 +20,7 @@ help:
 	@echo "make test    set up .venv and run the whole test suite"
 	@echo "make test-full  the whole grid of ZeRO stages, accumulation, checkpointing and offload, recorded in benchmarks/results"
 	@echo "make demo    set up .venv, then distil, prune and compare on the embedded data set (15 minutes on 2 cores)"
+	@echo "make chaos   kill training runs at random moments and compare (ROUNDS=100, about an hour)"
 	@echo "make lint    ruff, pyright, import-linter and codespell"
 	@echo "make clean   remove .venv, caches and the demo's results"
 
@@ -51,6 +52,10 @@ test-full: $(WARM)
 
 demo: $(WARM)
 	$(PY) -m train.demo
+
+ROUNDS ?= 100
+chaos: $(WARM)
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(PY) -m tests.distributed.chaos --rounds $(ROUNDS) --json benchmarks/results/chaos.json
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -357,7 +357,7 @@ def _staging_engine(engine: DeepSpeedEngine) -> StagingEngine:
 
     from train.checkpoint.staging import StagingEngine
 
-    current = engine.checkpoint_engine
+    current: Any = engine.checkpoint_engine
     if isinstance(current, StagingEngine):
         return current
     if not isinstance(current, TorchCheckpointEngine):
@@ -365,5 +365,6 @@ def _staging_engine(engine: DeepSpeedEngine) -> StagingEngine:
             "engine.config: checkpoint.writer: checkpoints are written by this program (set "
             "checkpoint.asynchronous in the run file): leave it out"
         )
-    engine.checkpoint_engine = StagingEngine()
-    return engine.checkpoint_engine
+    staging: Any = StagingEngine()  # a CheckpointEngine; DeepSpeed's type lists its own ones only
+    engine.checkpoint_engine = staging
+    return staging

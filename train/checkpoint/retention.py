@@ -99,6 +99,5 @@ def scores_of(
     found: dict[int, float | None] = {}
     for values in manifests:
         score = values.get("score")
-        same = isinstance(score, dict) and score.get("name") == metric
-        found[values["step"]] = score["value"] if same else None
+        found[values["step"]] = score["value"] if score and score["name"] == metric else None
     return found

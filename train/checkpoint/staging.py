@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo
@@ -98,7 +98,7 @@ def write_files(files: dict[Path, Any], folder: Path) -> dict[str, dict[str, Any
     for path, content in files.items():
         try:
             with manifest.HashingFile(path) as file:
-                torch.save(content, file)
+                torch.save(content, cast("Any", file))  # it only needs `write`
                 entries[path.relative_to(folder).as_posix()] = file.synced()
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
