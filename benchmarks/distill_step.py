@@ -81,10 +81,12 @@ def batch_of(config: Any, model: Any, device: Any) -> Any:
     """A general batch of the run's sizes: noise, texts of 8 tokens up to the longest."""
     import torch
 
+    from data_pipeline.batches import PretrainBatch
     from train.stages.memory import step_batch
 
     generator = torch.Generator().manual_seed(0)
     empty = step_batch(config, model, region=False)
+    assert isinstance(empty, PretrainBatch)
     rows, tokens = empty.text_ids.shape
 
     def ids() -> torch.Tensor:

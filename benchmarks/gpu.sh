@@ -47,7 +47,7 @@ step() { # step NAME COMMAND...
   if [ "${#chosen[@]}" -gt 0 ] && [[ " ${chosen[*]} " != *" $name "* ]]; then return 0; fi
   local stamp="$results/gpu-$gpu-$name.stamp" log="$results/gpu-$gpu-$name.log"
   if [ "$dry" -eq 1 ]; then
-    printf '%-14s %s\n' "$name" "$*"
+    printf '%-22s %s\n' "$name" "$*"
   elif [ "$again" -eq 0 ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$commit" ]; then
     echo "$name: passed on $commit already"
   elif "$@" 2>&1 | tee "$log"; then
@@ -62,8 +62,21 @@ step() { # step NAME COMMAND...
 step doctor "$python" -m train.doctor
 step tests "$python" -m pytest -m gpu -q
 step distributed "$python" -m pytest tests/distributed -q
+# Goals at equal precision: >= 2x and <= 1/2 of the peak memory at 224 px, >= 4x and <= 1/3 at 384 px.
+# Each setting is an entry of one file, made to take less than ten minutes.
+distill=("$python" benchmarks/distill_step.py --device cuda --warmup 3 --steps 10
+  --json "$results/distill_step-$gpu.json")
+step distill_224 "${distill[@]}" --batch 128 --dtype bf16
+step distill_384 "${distill[@]}" --batch 64 --image-size 384 --dtype bf16
+step distill_224_published "${distill[@]}" --batch 128 --dtype bf16 --eager-dtype fp16
+step distill_384_published "${distill[@]}" --batch 64 --image-size 384 --dtype bf16 --eager-dtype fp16
+compiled=(--dtype bf16 --rounds 2 --set engine.compile=default teacher.compile=default)
+step distill_224_compiled "${distill[@]}" --batch 128 "${compiled[@]}"
+step distill_384_compiled "${distill[@]}" --batch 64 --image-size 384 "${compiled[@]}"
 step model_step "$python" benchmarks/model_step.py --variants plain ours checkpointed compiled --json "$results/model_step-$gpu.json"
 step fused_qkv "$python" benchmarks/fused_qkv.py --json "$results/fused_qkv-$gpu.json"
+step pretrain_kd_gain "$python" benchmarks/pretrain_kd_gain.py --steps 300 --seeds 0 1 2 \
+  --json "$results/pretrain_kd_gain-$gpu.json"
 
 for name in "${chosen[@]+"${chosen[@]}"}"; do
   if [[ " ${known[*]} " != *" $name "* ]]; then

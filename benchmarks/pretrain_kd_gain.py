@@ -6,11 +6,10 @@ task losses have weight 1. Scored on the validation split: retrieval R@1 both wa
 accuracy (own pairs and others), accuracy of masked tokens, and mean IoU of predicted boxes. Run
 from the repository root:
 
-    espalier data blocksworld --out DIR --scenes 4000 --val 512 --image-size 48 --seed 5 \\
-        --tasks pretrain --exclude models/pretrained/blocksworld-teacher/scenes-train.npy
-    python benchmarks/pretrain_kd_gain.py --data DIR --steps 200 --seeds 0 1 2
+    python benchmarks/pretrain_kd_gain.py --steps 200 --seeds 0 1 2
 
-Results go to benchmarks/results/pretrain_kd_gain.json.
+The data are made first where --data has none: scenes that the teacher has not seen. Results go to
+benchmarks/results/pretrain_kd_gain.json.
 """
 
 from __future__ import annotations
@@ -41,6 +40,7 @@ METRICS = (
     "box_iou",
 )
 BATCH = 64  # images of an evaluation batch, among which retrieval chooses
+MAKE_DATA = "--scenes 4000 --val 512 --test 200 --image-size 48 --seed 5 --tasks pretrain"
 BOX_BATCHES = 24  # of 24 pictures and 64 rows each
 _SETTINGS: dict[str, Any] = {
     "max_tokens": 40,
@@ -49,6 +49,13 @@ _SETTINGS: dict[str, Any] = {
     "seed": 0,
     "batch": BATCH,
 }
+
+
+def make_data(args: argparse.Namespace) -> None:
+    """Writes the data set into args.data, without the scenes that the teacher was trained on."""
+    seen = TEACHER / "scenes-train.npy"
+    make = [sys.executable, "-m", "train.main", "data", "blocksworld", "--out", str(args.data)]
+    subprocess.run([*make, *MAKE_DATA.split(), "--exclude", str(seen)], check=True, cwd=ROOT)
 
 
 def command(args: argparse.Namespace, teacher: bool, seed: int, init: Path, out: Path) -> list[str]:
@@ -152,7 +159,7 @@ def summary(pairs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    result.add_argument("--data", type=Path, required=True)
+    result.add_argument("--data", type=Path, default=ROOT / "runs/pretrain_kd_gain/data")
     result.add_argument("--teacher", type=Path, default=TEACHER)
     result.add_argument("--steps", type=int, default=200)
     result.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -173,6 +180,8 @@ def main() -> int:
     )
     from train.provenance import provenance
 
+    if not (args.data / "dataset.json").is_file():
+        make_data(args)
     init = first_student(args, args.work / "init")
     references = {"teacher": scores(args.teacher, args.data), "first": scores(init, args.data)}
     print(json.dumps(references), flush=True)
