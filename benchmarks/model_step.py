@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from models import presets  # noqa: E402
-from models.layers import Attention  # noqa: E402
+from models.attention import Attention  # noqa: E402
 from models.xvlm import XVLM  # noqa: E402
 from train.evaluation.latency import device_name, interleave  # noqa: E402
 from train.provenance import provenance  # noqa: E402

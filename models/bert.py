@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from models.attention import Attention, LayerCache
 from models.config import TextConfig
-from models.layers import Attention, BertLayer, LayerCache, Recorder, run_block
+from models.layers import BertLayer, Recorder, run_block
 from models.outputs import Capture, EncoderOutput
 
 __all__ = [

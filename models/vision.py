@@ -20,8 +20,9 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from models.attention import Attention
 from models.config import VisionConfig
-from models.layers import Attention, FeedForward, Recorder, ViTBlock, run_block
+from models.layers import FeedForward, Recorder, ViTBlock, run_block
 from models.outputs import Capture, EncoderOutput
 
 __all__ = [

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from models import io
+from models.attention import Attention
 from models.bert import DecoderCache, ImageMasks, Images, TextStack, initialise_bert
 from models.compiled import compiled
 from models.config import HEADS, ModelConfig
 from models.decoder import AnswerDecoder, DecoderOutput, scored
 from models.gates import GateSlot
 from models.heads import ContrastiveTemperature, FeatureProjection, MlpHead, TokenHead
-from models.layers import Attention, BertLayer, FeedForward, ViTBlock
+from models.layers import BertLayer, FeedForward, ViTBlock
 from models.outputs import Capture, EncoderOutput
 from models.vision import RegionOutput, VisionEncoder
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.attention import Attention
 from models.config import ModelConfig
-from models.layers import Attention, FeedForward
+from models.layers import FeedForward
 from models.xvlm import XVLM
 
 __all__ = ["prune", "sparsity_report", "widths", "with_widths"]

@@ -16,7 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from models.layers import Attention, BertLayer, FeedForward
+from models.attention import Attention
+from models.layers import BertLayer, FeedForward
 from models.xvlm import XVLM
 from train.config import UserError
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from models import presets
+from models.attention import Attention
 from models.config import HEADS, Form
 from models.initialise import task_form_from_pretrained
-from models.layers import Attention, BertLayer
+from models.layers import BertLayer
 from models.outputs import Capture
 from models.xvlm import XVLM
 

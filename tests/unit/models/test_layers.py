@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.layers import Attention, FeedForward, activation_function
+from models.attention import Attention
+from models.layers import FeedForward, activation_function
 
 
 @pytest.fixture(autouse=True)

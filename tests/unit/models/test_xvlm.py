@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from models import presets
+from models.attention import Attention
 from models.gates import GateSlot
-from models.layers import Attention
 from models.outputs import Capture
 from models.xvlm import XVLM
 

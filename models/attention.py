@@ -1,0 +1,250 @@
+"""Attention with gated heads, shared contexts, masks, caches and traces; no map is written.
+
+Shape legend: B rows, C contexts (C = B, or each serves B / C consecutive rows), N tokens, K keys, D
+width, H heads, d head size. Masks are boolean and True means visible.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.gates import GateSlot
+from models.outputs import AttentionTrace
+
+__all__ = ["Attention", "BiasOnly", "KeyValueCache", "KeyValues", "LayerCache"]
+
+
+class BiasOnly(nn.Module):
+    """What is left of an output projection (H d or F) -> D without inputs: its bias.
+
+    Keeps the key name `bias` of nn.Linear; a zero-element weight would upset sharded optimizers.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, like: Tensor) -> Tensor:
+        """(..., any) -> (..., D): the bias at every position of `like`."""
+        return self.bias.expand(*like.shape[:-1], -1)
+
+
+KeyValues = tuple[Tensor, Tensor]  # keys and values, (B, H, K, d) each
+
+
+class KeyValueCache:
+    """Keys and values of one attention, kept between the calls of a decoder.
+
+    Self-attention appends to it; cross-attention, whose context stays, fills it once.
+    """
+
+    def __init__(self) -> None:
+        self.held: KeyValues | None = None
+
+    @property
+    def length(self) -> int:
+        """Keys held."""
+        return 0 if self.held is None else self.held[0].shape[2]
+
+    def extend(self, k: Tensor, v: Tensor) -> KeyValues:
+        """Appends (B, H, new, d) and returns everything held."""
+        if self.held is not None:
+            k, v = torch.cat([self.held[0], k], dim=2), torch.cat([self.held[1], v], dim=2)
+        self.held = (k, v)
+        return self.held
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes what row rows[i] was; rows (B,) int64."""
+        if self.held is not None:
+            k, v = self.held
+            self.held = (k.index_select(0, rows), v.index_select(0, rows))
+
+
+@dataclass
+class LayerCache:
+    """What one decoder layer keeps between calls."""
+
+    own: KeyValueCache = field(default_factory=KeyValueCache)
+    cross: KeyValueCache = field(default_factory=KeyValueCache)
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose heads carry a gate.
+
+    Half precision: scores are q k^T / sqrt(d) inside scaled_dot_product_attention, which scales
+    before it rounds, so products beyond the range of float16 do not overflow. The published guard
+    (q divided by sqrt(d) first) gives the same bits where sqrt(d) is a power of two, as for d = 64.
+
+    Args:
+        width: D of the queries and of the output.   heads: H, possibly 0.   head_dim: d.
+        key_width: width of keys and values (defaults to `width`).   dropout: on probabilities.
+        qkv_bias: q, k and v have biases.
+        shared_heads: two attentions share one key and value projection of that many heads. The one
+            that owns it uses the first `heads` of them, the other the last. None: nothing is shared.
+        owner: with `shared_heads`: the projection is here; False: keys and values come in as
+            `memory`, made by the owner's `keys_values`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int,
+        *,
+        key_width: int | None = None,
+        dropout: float = 0.0,
+        qkv_bias: bool = True,
+        shared_heads: int | None = None,
+        owner: bool = True,
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.dropout = heads, head_dim, dropout
+        self.width, self.key_width, self.qkv_bias = width, key_width or width, qkv_bias
+        self.shared_heads, self.owner = shared_heads, owner
+        self.gate = GateSlot(heads)
+        inner = heads * head_dim
+        key_inner = inner if shared_heads is None else shared_heads * head_dim
+        if heads:
+            self.q = nn.Linear(width, inner, bias=qkv_bias)
+        if key_inner and owner:
+            self.k = nn.Linear(self.key_width, key_inner, bias=qkv_bias)
+            self.v = nn.Linear(self.key_width, key_inner, bias=qkv_bias)
+        if heads:
+            self.out: nn.Module = nn.Linear(inner, width)
+        else:
+            self.out = BiasOnly(width)
+
+    @property
+    def parameters_per_head(self) -> int:
+        """What removing one head saves: rows and biases of q, k, v, and columns of out.
+
+        A shared key and value row counts half for each of its two readers: it goes when both have
+        gone, and a pair together counts what it has. (The published code counts it twice.)
+        """
+        own = 2 * self.width + self.qkv_bias
+        keys = 2 * (self.key_width + self.qkv_bias)
+        return self.head_dim * (own + (keys if self.shared_heads is None else keys // 2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, N, H d) -> (B, H, N, d)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def keys_values(self, context: Tensor) -> KeyValues:
+        """context (B, K, key_width) -> keys and values, (B, H, K, d) each (H of both readers)."""
+        return self._split(self.k(context)), self._split(self.v(context))
+
+    def _own_keys(
+        self, context: Tensor, memory: KeyValues | None, cache: KeyValueCache | None, grows: bool
+    ) -> KeyValues:
+        """Keys and values for this attention's heads, from wherever they come."""
+        if cache is not None and cache.held is not None and not grows:
+            return cache.held
+        if memory is None and not self.owner:
+            raise ValueError("this attention has no keys of its own: it needs `memory`")
+        k, v = self.keys_values(context) if memory is None else memory
+        if self.shared_heads is not None:
+            heads = slice(0, self.heads) if self.owner else slice(k.shape[1] - self.heads, None)
+            k, v = k[:, heads], v[:, heads]
+        return (k, v) if cache is None else cache.extend(k, v)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        causal: bool = False,
+        trace: bool = False,
+        *,
+        memory: KeyValues | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> tuple[Tensor, AttentionTrace | None]:
+        """Attends from x (B, N, D) to `context` (C, K, key_width), or to x itself.
+
+        B may be a multiple of C: then each context serves B / C consecutive rows, and its keys
+        and values are computed once (several texts for an image, the beams of a search).
+
+        Args:
+            key_mask: (C, K) bool, True on visible keys; None when all are. K counts cached keys.
+            causal: queries see keys up to their own position; they are the last N of the K.
+            trace: also return what a loss needs to rebuild the attention map.
+            memory: keys and values in place of projecting `context`.
+            cache: grows by the keys of x, or keeps those of `context`.
+
+        Raises:
+            ValueError: when B is not a multiple of C.
+        """
+        grows, context = context is None, x if context is None else context
+        scale = self.head_dim**-0.5
+        if self.heads == 0:
+            empty = x.new_zeros(x.shape[0], 0, x.shape[1], self.head_dim)
+            keys = x.new_zeros(x.shape[0], 0, context.shape[1], self.head_dim)
+            record = _trace(empty, keys, scale, key_mask, causal) if trace else None
+            return self.out(x), record
+        q = self._split(self.q(x))
+        k, v = self._own_keys(context, memory, cache, grows)
+        mask, is_causal = _visible(key_mask, causal, q.shape[2], k.shape[2], q.device)
+        mixed = F.scaled_dot_product_attention(
+            _fold(q, k.shape[0]),
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+        )
+        mixed = _unfold(mixed, q.shape[0])
+        if self.gate.z is not None:
+            mixed = mixed * self.gate.z.to(mixed.dtype).view(1, -1, 1, 1)
+        record = _trace(q, k, scale, key_mask, causal) if trace else None
+        return self.out(mixed.transpose(1, 2).flatten(2)), record
+
+
+def _fold(q: Tensor, contexts: int) -> Tensor:
+    """(C g, H, N, d) -> (C, H, g N, d): the queries of all rows that share a context."""
+    if q.shape[0] == contexts:
+        return q
+    if q.shape[0] % contexts:
+        raise ValueError(f"{q.shape[0]} rows cannot share {contexts} contexts evenly")
+    return q.unflatten(0, (contexts, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _unfold(mixed: Tensor, rows: int) -> Tensor:
+    """(C, H, g N, d) -> (C g, H, N, d)."""
+    if mixed.shape[0] == rows:
+        return mixed
+    return mixed.unflatten(2, (rows // mixed.shape[0], -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _repeat(per_context: Tensor, rows: int) -> Tensor:
+    """(C, ...) -> (rows, ...), each entry for its consecutive rows."""
+    contexts = per_context.shape[0]
+    return per_context if contexts == rows else per_context.repeat_interleave(rows // contexts, 0)
+
+
+def _trace(
+    q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None, causal: bool
+) -> AttentionTrace:
+    """The trace of q (B, H, N, d) with k (C, H, K, d) and key_mask (C, K): one context a row."""
+    mask = None if key_mask is None else _repeat(key_mask, q.shape[0])
+    return AttentionTrace(q, _repeat(k, q.shape[0]), scale, mask, causal)
+
+
+def _visible(
+    key_mask: Tensor | None, causal: bool, queries: int, keys: int, device: torch.device
+) -> tuple[Tensor | None, bool]:
+    """attn_mask, (B, 1, 1 or N, K) or (N, K), and is_causal for scaled_dot_product_attention.
+
+    torch refuses is_causal together with a mask, and aligns it with the first key rather than the
+    last; in both cases the mask holds everything. The last query alone sees all keys anyway.
+    """
+    causal = causal and queries > 1
+    if key_mask is None and (not causal or queries == keys):
+        return None, causal
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    if causal:
+        lower = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+        mask = lower if mask is None else mask & lower
+    return mask, False
