@@ -20,12 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data_pipeline.batches import Batch, PretrainBatch, VqaBatch
+from data_pipeline.batches import Batch, PretrainBatch
 from models.config import ModelConfig
 from models.xvlm import XVLM
 from train.config import RunConfig
 from train.losses import attention
 from train.runtime.engine import engine_settings
+from train.stages.full_batches import downstream_batch
 from train.tasks.base import StepContext, Task
 
 __all__ = ["LiveBytes", "StepMemory", "stage_memory", "step_batch", "step_memory"]
@@ -214,11 +215,12 @@ def _bytes(module: nn.Module) -> int:
 
 def step_batch(config: RunConfig, student: ModelConfig, region: bool) -> Batch:
     """A full batch: every text as long as it may be, every slot used."""
+    if config.task != "pretrain":
+        return downstream_batch(config, student)
     data, side = config.data, student.vision.image_size
     images = data.region.images if region else data.batch
-    per_image = data.rows_per_image if config.task == "vqa" else 1
-    rows = data.region.rows if region else images * per_image
-    whole: dict[str, Any] = {
+    rows = data.region.rows if region else images
+    whole = {
         "images": torch.zeros(images, 3, side, side, dtype=torch.uint8),
         "image_index": torch.arange(rows) % images,
         "valid": torch.ones(rows, dtype=torch.bool),
@@ -226,20 +228,6 @@ def step_batch(config: RunConfig, student: ModelConfig, region: bool) -> Batch:
     }
     ids = torch.zeros(rows, data.max_tokens, dtype=torch.int64)
     seen = torch.ones(rows, data.max_tokens, dtype=torch.bool)
-    if config.task == "vqa":
-        answers = torch.zeros(rows, data.max_answer_tokens, dtype=torch.int64)
-        return VqaBatch(
-            **whole,
-            question_ids=ids,
-            question_mask=seen,
-            answer_ids=answers,
-            answer_mask=torch.ones_like(answers, dtype=torch.bool),
-            answer_row=torch.arange(rows),
-            answer_weight=torch.ones(rows),
-            answers=({},) * rows,
-            questions=("",) * rows,
-            question_types=("",) * rows,
-        )
     slots = torch.zeros(rows, data.mlm_max, dtype=torch.int64)
     regions: dict[str, Any] = {}
     if region:

@@ -32,7 +32,7 @@ def test_recipe_is_valid_and_describes_itself(recipe, capsys, monkeypatch, tmp_p
         from models import presets
 
         role = "teacher" if "teacher" in recipe.stem else "student"
-        form = "pretrain" if "finetune" in recipe.stem else "vqa"
+        form = "pretrain" if config.stage == "finetune" else config.task
         folder = tmp_path / config.model
         folder.mkdir(parents=True)
         described = presets.config(f"blocksworld-{role}", form=form).to_dict()
