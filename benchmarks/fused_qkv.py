@@ -1,6 +1,6 @@
 """Does one product for queries, keys and values pay in the ViT? Three ways, full-size layer.
 
-    three    three products with their own weights (what models/layers.py does)
+    three    three products with their own weights (what models/attention.py does)
     joined   weights joined at every call, one product
     fused    one stored weight, one product (what a fused layer could reach at best)
 
