@@ -155,7 +155,9 @@ class ShardCache:
     ) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder}: the cache folder (data.remote.cache) cannot be written")
+            raise PermissionError(
+                f"{folder}: the cache folder (data.remote.cache) cannot be written"
+            )
         self.folder = folder
         self.limit = limit
         self.counters = counters

@@ -271,8 +271,8 @@ def test_the_best_checkpoint_stays_through_a_restart(tmp_path: Path) -> None:
 
 
 def test_a_metric_that_is_not_measured_is_named() -> None:
-    with pytest.raises(UserError, match=r"checkpoint.best: 'acuracy'.*accuracy"):
-        Best("acuracy").see(1, {"accuracy": 0.5})
+    with pytest.raises(UserError, match=r"checkpoint.best: 'accuracyy'.*accuracy"):
+        Best("accuracyy").see(1, {"accuracy": 0.5})
     assert not Best("accuracy").see(1, {})  # no validation data
     assert not Best("accuracy").see(1, {"accuracy": float("nan")})
 
