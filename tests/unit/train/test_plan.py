@@ -83,7 +83,7 @@ def a_run(folder: Path, rates: list[float | None], world: int | None) -> Path:
 
 
 def test_speed_of_an_earlier_run(tmp_path: Path) -> None:
-    run = a_run(tmp_path / "slow-start", [1, 1, None, 90, 100, 110, 100, 100, 100, 100, 100], 2)
+    run = a_run(tmp_path / "slow-start", [5, None, 80, 90, 110, 120], 2)
     speed = measured_speed(run, 8)
     assert speed.samples_per_s == 400.0 and "100.0 on 2 ranks, scaled evenly" in speed.source
     assert measured_speed(run, 2).samples_per_s == 100.0
