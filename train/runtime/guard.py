@@ -110,7 +110,6 @@ class StepGuard:
         )
 
 
-
 def open_logs(directory: Path, rank: int) -> list[logging.Handler]:
     """`rank_NNNN.log` for every rank and `events.log` for rank 0, on the root logger at INFO.
 
