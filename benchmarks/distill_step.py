@@ -41,13 +41,16 @@ CHECKED_ROWS = 4  # of the batch on which losses are compared
 
 
 def settings(args: argparse.Namespace) -> Any:
-    """The recipe's run, at the size and in the precision asked for."""
+    """The recipe's run, at the size and in the precision asked for, in one process: with nothing to
+    partition ZeRO would only keep second copies.
+    """
     from train.recipes_io import load_run_config
 
     overrides = [
         f"data.batch={args.batch}",
         f"engine.precision={args.dtype}",
         f"teacher.dtype={args.dtype}",
+        "engine.config=zero0",
         *args.set,
     ]
     return load_run_config(ROOT / "train/recipes/efficientvlm-4m.yaml", overrides)[0]
