@@ -113,20 +113,28 @@ def _forward(config: RunConfig, model: ModelConfig, region: bool, boxes: bool) -
     """MACs of one model's passes over a micro-batch."""
     data = config.data
     text, fusion = text_macs(model, data.max_tokens, model.vision.output_tokens)
-    if config.task == "vqa":
-        rows = data.batch * data.rows_per_image
+    if config.task != "pretrain":
+        rows, pictures = data.batch * data.rows_per_image, 2 if config.task == "nlvr2" else 1
+        # Retrieval matches each text with its own picture and two others, in one pass each.
+        passes = 3 if config.task == "retrieval" else 1
+        row = text + passes * fusion + head_macs(model, data.max_tokens)
+        if passes == 3:
+            row += 2 * _mlp_head(model, 2)
         answer = decoder_macs(model, data.max_answer_tokens, data.max_tokens)
-        return data.batch * vision_macs(model) + rows * (text + fusion + answer)
+        return pictures * data.batch * vision_macs(model) + rows * (row + answer)
     rows = data.region.rows if region else data.batch
     images = _region_vision(config, model) if region else rows * vision_macs(model)
-    width = model.text.width
-    hidden = 2 * width * width
     # Each head once, without the box head, and with ITM on three pairs a row.
-    heads = head_macs(model, data.max_tokens, data.mlm_max) - (hidden + 8 * width)
-    heads += 2 * (hidden + 4 * width)
+    box = _mlp_head(model, 4)
+    heads = head_macs(model, data.max_tokens, data.mlm_max) - box + 2 * _mlp_head(model, 2)
     # Clean and masked text; fusion of a matching and two other pairs, and of the masked text.
     total = images + rows * (2 * text + 4 * fusion + heads)
-    return total + rows * (fusion + hidden + 8 * width) if region and boxes else total
+    return total + rows * (fusion + box) if region and boxes else total
+
+
+def _mlp_head(model: ModelConfig, outputs: int) -> int:
+    width = model.text.width
+    return 2 * width * width + 2 * width * outputs
 
 
 def _region_vision(config: RunConfig, model: ModelConfig) -> int:

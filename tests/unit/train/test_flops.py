@@ -49,9 +49,11 @@ def test_pretraining_costs_what_torch_counts(region: bool) -> None:
     assert found == pytest.approx(3 * counted(config, region), rel=2e-3)
 
 
-def test_a_downstream_step_costs_what_torch_counts() -> None:
-    config = small("blocksworld-prune", "data.rows_per_image=2")
-    student = presets.config("blocksworld-student", form="vqa")
+@pytest.mark.parametrize("task", ["vqa", "nlvr2", "retrieval", "captioning", "grounding"])
+def test_a_downstream_step_costs_what_torch_counts(task: str) -> None:
+    rows = 2 if task in ("vqa", "grounding") else 1
+    config = small("blocksworld-prune", f"task={task}", f"data.rows_per_image={rows}")
+    student = presets.config("blocksworld-student", form=task)
     assert step_cost(config, student, None).general == pytest.approx(
         3 * counted(config, False), rel=2e-3
     )
