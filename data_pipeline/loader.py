@@ -192,17 +192,29 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         # What waits on the device was not delivered: only batches that are handed out count.
-        for delivery in DevicePrefetcher(self._deliveries(), self._device):
-            if delivery.error:
-                raise ShardError(delivery.error)
-            self._ledger.deliver(delivery.positions, delivery.faults)
-            if delivery.counters:
-                self._transfers[delivery.process] = delivery.counters
-            if delivery.batch is None:
-                raise FaultError(delivery.faults[-1].message())
-            if self._train:
-                self.position.consumed += self.global_batch
-            yield delivery.batch
+        ahead = DevicePrefetcher(self._deliveries(), self._device)
+        try:
+            for delivery in ahead:
+                yield self._accounted(delivery)
+        finally:
+            ahead.close()
+
+    def _accounted(self, delivery: Delivery) -> Batch:
+        """The batch of a delivery that is handed out now.
+
+        Raises:
+            ShardError, FaultError: what its worker met.
+        """
+        if delivery.error:
+            raise ShardError(delivery.error)
+        self._ledger.deliver(delivery.positions, delivery.faults)
+        if delivery.counters:
+            self._transfers[delivery.process] = delivery.counters
+        if delivery.batch is None:
+            raise FaultError(delivery.faults[-1].message())
+        if self._train:
+            self.position.consumed += self.global_batch
+        return delivery.batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position as JSON values, the same on all ranks. A yielded batch counts."""

@@ -22,7 +22,7 @@ from webdataset.pipeline import DataPipeline
 
 from data_pipeline.batches import Batch
 from data_pipeline.collate import Assembler
-from data_pipeline.decode import decode_image
+from data_pipeline.decode import Picture
 from data_pipeline.faults import MAX_CONSECUTIVE, Fault, SkipSample
 from data_pipeline.index import checksum
 from data_pipeline.manifest import Manifest
@@ -202,8 +202,8 @@ class PlannedSource(IterableDataset):
         worker = get_worker_info()
         step, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
         while self.steps is None or step < self.steps:
-            for position in self.positions(step):
-                yield self.planned(position)
+            # A micro-batch is read in one go: reading between decodings finds cold caches.
+            yield from [self.planned(position) for position in self.positions(step)]
             step += stride
 
 
@@ -258,10 +258,11 @@ class ToRecord:
 
 
 def decode(sample: Sample) -> Sample:
-    """Decodes `raw` into `image`, (H, W, 3) uint8, or a tuple of them."""
+    """Checks `raw` and makes `image` of it, a `Picture` or a tuple of them: its pixels are decoded
+    when the crop is known, so that a large one need not be decoded in full.
+    """
     raw = sample["raw"]
-    several = isinstance(raw, tuple)
-    sample["image"] = tuple(map(decode_image, raw)) if several else decode_image(raw)
+    sample["image"] = tuple(map(Picture, raw)) if isinstance(raw, tuple) else Picture(raw)
     return sample
 
 
