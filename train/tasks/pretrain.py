@@ -20,10 +20,10 @@ from models.xvlm import XVLM
 from train.config import KdConfig
 from train.losses import vl
 from train.losses.distillation import LayerPairs, contrastive_kl, logits_kl
-from train.losses.gather import RowExchange
 from train.runtime.teacher import Teacher
 from train.tasks.base import Losses, StepContext, scaled
 from train.tasks.kd import Distils, capture, hidden_projections, pass_terms, rows, stack_pairs
+from train.tasks.matching import Partners, match
 
 __all__ = ["PretrainTask"]
 
@@ -63,16 +63,6 @@ class _Pass:
     match_logits: Tensor | None = None
     mlm: EncoderOutput | None = None
     mlm_logits: Tensor | None = None
-
-
-class _Partners:
-    """Where each row's negative image and negative text are, and how to get them: one exchange for
-    each, used by student and teacher alike.
-    """
-
-    def __init__(self, negatives: vl.HardNegatives, count: int, local: bool) -> None:
-        self.images = RowExchange(negatives.image_for_text, count, local)
-        self.texts = RowExchange(negatives.text_for_image, count, local)
 
 
 class PretrainTask(Distils):
@@ -136,24 +126,18 @@ class PretrainTask(Distils):
         return _Pass(region.rows, region.rows.last, batch.region_mask, region.full, text)
 
     def _match(
-        self, model: XVLM, done: _Pass, batch: PretrainBatch, partners: _Partners, side: str
+        self, model: XVLM, done: _Pass, batch: PretrainBatch, partners: Partners, side: str
     ) -> None:
-        """ITM on B matched pairs, B with another image, B with another text: one fusion pass of 3B
-        rows.
-        """
-        images, texts = partners.images, partners.texts
-        own_text, own_mask, own_image = done.text.last, batch.text_mask, done.image_states
-        image_mask = None
-        if done.image_mask is not None:
-            image_mask = torch.cat([done.image_mask, images.take(done.image_mask), done.image_mask])
-        done.matched = model.fuse(
-            torch.cat([own_text, own_text, texts.take(own_text)]),
-            torch.cat([own_mask, own_mask, texts.take(own_mask)]),
-            torch.cat([own_image, images.take(own_image), own_image]),
-            image_mask,
-            self._capture(side, "fusion"),
+        wanted = self._capture(side, "fusion")
+        done.matched, done.match_logits = match(
+            model,
+            done.text.last,
+            batch.text_mask,
+            done.image_states,
+            partners,
+            done.image_mask,
+            wanted,
         )
-        done.match_logits = model.match_logits(done.matched.last)
 
     def _mlm(self, model: XVLM, done: _Pass, batch: PretrainBatch, side: str) -> None:
         done.mlm = model.multimodal(
@@ -181,7 +165,7 @@ class PretrainTask(Distils):
         )
         local = not self.global_negatives
         negatives = vl.hard_negatives(similarity, context.generator, local=local)
-        partners = _Partners(negatives, batch.rows, local)
+        partners = Partners(negatives, batch.rows, local)
         # Before the matching pass: the device has work while the host waits for the drawn indices.
         self._mlm(student, done, batch, "student")
         self._match(student, done, batch, partners, "student")
@@ -233,7 +217,7 @@ class PretrainTask(Distils):
         teacher: Teacher,
         done: _Pass,
         batch: PretrainBatch,
-        partners: _Partners,
+        partners: Partners,
         similarity: vl.Similarities,
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         kd, plan, count = self.kd, self.plan, batch.rows
