@@ -52,6 +52,8 @@ def command(folder: Path, out: Path, *options: str) -> list[str]:
         "--", "pretrain", "blocksworld-pretrain-teacher", f"model={folder / 'student'}",
         f"data.train={data / 'train'}", "data.val=null", "data.batch=2", "data.workers=0",
         "optim.warmup_steps=0", f"optim.steps={STEPS}", "log.every=1", "checkpoint.every=4",
+        # On disk before the next step begins, so that there is one when a host is killed.
+        "checkpoint.asynchronous=false",
         "engine.config=zero0", f"out={out}",
     ]  # fmt: skip
 
