@@ -64,10 +64,10 @@ class PlainAttention(Attention):
 
 
 def variant(model: XVLM, name: str) -> XVLM:
-    """The model itself, or a copy of it as a variant runs it."""
+    """The model itself, or a twin with the same parameters as a variant runs it."""
     if name == "ours":
         return model
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     if name == "plain":
         for module in twin.modules():
             if type(module) is Attention:
@@ -198,19 +198,17 @@ def peak_apart(role: str, name: str, step: str, args: argparse.Namespace) -> int
     return int(done.stdout.split()[-1])
 
 
-def measured(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything, by model and step."""
-    results: dict[str, Any] = {}
-    for role in args.models:
-        results[role] = timed(role, args)
-        for step in STEPS:
-            rows = results[role][step]
-            for name, row in rows.items():
-                row["peak_bytes"] = peak_apart(role, name, step, args)
-            for row in rows.values():
-                row["memory"] = row["peak_bytes"] / rows["plain"]["peak_bytes"]
-            print(role, step, json.dumps(rows), flush=True)
-    return results
+def measured(role: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one model, by step."""
+    result = timed(role, args)
+    for step in STEPS:
+        rows = result[step]
+        for name, row in rows.items():
+            row["peak_bytes"] = peak_apart(role, name, step, args)
+        for row in rows.values():
+            row["memory"] = row["peak_bytes"] / rows["plain"]["peak_bytes"]
+        print(role, step, json.dumps(rows), flush=True)
+    return result
 
 
 def main() -> int:
@@ -235,8 +233,7 @@ def main() -> int:
         return 0
     if "plain" not in args.variants:
         parser.error("--variants: everything is compared with plain; keep it")
-    load = os.getloadavg()
-    result = {
+    result: dict[str, Any] = {
         "what": "seconds and peak bytes of one step of the pre-training encoders; speedup and "
         "memory relative to attention with maps written out",
         "command": " ".join(["python", *sys.argv]),
@@ -247,12 +244,15 @@ def main() -> int:
             key: getattr(args, key)
             for key in ("batch", "pixels", "tokens", "repeats", "dtype", "threads")
         },
-        "results": measured(args),
-        "load_average": {"before": load, "after": os.getloadavg()},
         "provenance": provenance(1),
+        "load_average": {"before": os.getloadavg()},
+        "results": {},
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    for role in args.models:
+        result["results"][role] = measured(role, args)
+        result["load_average"][f"after {role}"] = os.getloadavg()
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
