@@ -46,6 +46,7 @@ from train.provenance import provenance  # noqa: E402
 
 MODELS = {"teacher": "xvlm-clip-base", "student": "efficientvlm"}
 STEPS = ("forward", "forward+backward")
+SETTINGS = ("batch", "pixels", "tokens", "repeats", "dtype", "threads")
 VARIANTS = ("plain", "ours", "checkpointed", "compiled")
 
 
@@ -233,26 +234,26 @@ def main() -> int:
         return 0
     if "plain" not in args.variants:
         parser.error("--variants: everything is compared with plain; keep it")
-    result: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "what": "seconds and peak bytes of one step of the pre-training encoders; speedup and "
         "memory relative to attention with maps written out",
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(torch.device(args.device)),
         "clock": "wall" if args.device == "cuda" else "processor time of the process",
-        "settings": {
-            key: getattr(args, key)
-            for key in ("batch", "pixels", "tokens", "repeats", "dtype", "threads")
-        },
-        "provenance": provenance(1),
-        "load_average": {"before": os.getloadavg()},
-        "results": {},
-    }
+    } | {key: getattr(args, key) for key in SETTINGS}
+    old = json.loads(args.json.read_text()) if args.json.is_file() else {}
+    same = all(old.get(key) == value for key, value in settings.items())
+    results: dict[str, Any] = old["results"] if same else {}  # models that are not asked for stay
     args.json.parent.mkdir(parents=True, exist_ok=True)
     for role in args.models:
-        result["results"][role] = measured(role, args)
-        result["load_average"][f"after {role}"] = os.getloadavg()
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        made = {
+            "command": " ".join(["python", *sys.argv]),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "provenance": provenance(1),
+            "load_before": os.getloadavg(),
+        }
+        made |= measured(role, args)
+        results[role] = made | {"load_after": os.getloadavg()}
+        args.json.write_text(json.dumps(settings | {"results": results}, indent=1) + "\n")
     return 0
 
 
