@@ -144,6 +144,14 @@ class RowExchange:
         )
         self._route: _Route | None = None
 
+    def settle(self) -> None:
+        """Waits for the sizes of the exchange and queues what `take` reads beside its argument.
+
+        From here on another stream may `take` as soon as it waits for the current one.
+        """
+        if self._own is None:
+            self._known_route()
+
     def _known_route(self) -> _Route:
         if self._route is None:
             if self._ready is not None:

@@ -10,16 +10,14 @@ The order of events is the whole safety argument:
   be reading them, and the pool may hand their memory out again; but only to the side stream, within
   the next block, which waits for a point of the main stream that lies behind those reads.
 
-Tensors that outlive the next block are the exception: `keep` records them on the main stream.
+So no result may outlive the next block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-from torch import Tensor
 
 __all__ = ["SideStream"]
 
@@ -46,10 +44,6 @@ class SideStream:
         self._ready = self._api.Event()
         self._ready.record(self._api.current_stream())
 
-    def forget(self) -> None:
-        """Takes `inputs_ready` back: a step that failed must not lend its event to the next one."""
-        self._ready = None
-
     @contextmanager
     def running(self) -> Iterator[None]:
         """The block's kernels go to the side stream; afterwards the main stream waits for them."""
@@ -64,10 +58,3 @@ class SideStream:
                 yield
         finally:  # also when the block raised: its kernels may be under way
             main.wait_stream(self._stream)
-
-    def keep(self, tensors: Iterable[Tensor]) -> None:
-        """For results that live on after the next block: they keep their memory until the current
-        stream has read them.
-        """
-        for tensor in tensors:
-            tensor.record_stream(self._api.current_stream())

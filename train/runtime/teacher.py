@@ -213,6 +213,11 @@ class Teacher:
 
     # --- running ----------------------------------------------------------------------------------
 
+    @property
+    def overlaps(self) -> bool:
+        """It runs on a stream of its own."""
+        return self._side is not None
+
     def inputs_ready(self) -> None:
         """All inputs of the coming `running()` exist or are enqueued: with teacher.overlap it runs
         beside whatever is enqueued in between. Without overlap nothing happens.

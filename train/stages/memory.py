@@ -96,6 +96,8 @@ class StepMemory:
 class _FakeTeacher:
     """What the tasks use of `train.runtime.teacher.Teacher`, which would move and try its model."""
 
+    overlaps = False
+
     def __init__(self, model: XVLM) -> None:
         self.model = model
 

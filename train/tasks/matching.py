@@ -9,6 +9,7 @@ from models.outputs import Capture, EncoderOutput
 from models.xvlm import XVLM
 from train.losses.gather import RowExchange
 from train.losses.vl import HardNegatives
+from train.runtime.teacher import Teacher
 
 __all__ = ["Partners", "match"]
 
@@ -24,6 +25,15 @@ class Partners:
     def __init__(self, negatives: HardNegatives, rows: int, local: bool) -> None:
         self.images = RowExchange(negatives.image_for_text, rows, local)
         self.texts = RowExchange(negatives.text_for_image, rows, local)
+
+    def share_with(self, teacher: Teacher | None) -> None:
+        """Both models take rows through the exchanges: a teacher on a stream of its own may begin as
+        soon as those are settled. Without one the host does not wait for them here.
+        """
+        if teacher is not None and teacher.overlaps:
+            self.images.settle()
+            self.texts.settle()
+            teacher.inputs_ready()
 
 
 def match(

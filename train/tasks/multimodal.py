@@ -148,6 +148,8 @@ class MultimodalTask(Distils):
         self, student: XVLM, teacher: Teacher | None, batch: Any, context: StepContext
     ) -> Losses:
         kd, share = self.kd, self.shares(batch, context)
+        if teacher is not None:
+            teacher.inputs_ready()  # it reads the batch alone
         done = self.run(student, batch, "student")
         terms = self.task_terms(done.output, batch, share)
         task = 1.0 if teacher is None else kd.task_weight

@@ -166,6 +166,7 @@ class PretrainTask(Distils):
         local = not self.global_negatives
         negatives = vl.hard_negatives(similarity, context.generator, local=local)
         partners = Partners(negatives, batch.rows, local)
+        partners.share_with(teacher)
         # Before the matching pass: the device has work while the host waits for the drawn indices.
         self._mlm(student, done, batch, "student")
         self._match(student, done, batch, partners, "student")

@@ -108,6 +108,7 @@ class RetrievalTask(Distils):
         same = vl.same_pairs(batch.groups)
         negatives = vl.hard_negatives(similarity, context.generator, same=same, local=local)
         partners = Partners(negatives, batch.rows, local)
+        partners.share_with(teacher)
         self._match(student, done, batch, partners, "student")
         assert done.logits is not None
         labels = vl.matching_labels(batch.rows, done.logits.device)

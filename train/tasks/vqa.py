@@ -130,6 +130,8 @@ class VqaTask(Distils):
     def losses(
         self, student: XVLM, teacher: Teacher | None, batch: VqaBatch, context: StepContext
     ) -> Losses:
+        if teacher is not None:
+            teacher.inputs_ready()  # it reads the batch alone
         done = self._run(student, batch, "student")
         loss = vl.answer_loss(
             done.logits, batch.answer_ids, batch.answer_mask, batch.answer_weight, batch.rows

@@ -376,18 +376,6 @@ def test_the_main_stream_waits_even_when_the_block_fails() -> None:
     assert api.current is api.main
 
 
-def test_results_that_live_on_are_recorded_on_the_stream_that_reads_them() -> None:
-    api = FakeStreams()
-    recorded: list[Any] = []
-
-    class Result:
-        def record_stream(self, stream: Any) -> None:
-            recorded.append(stream)
-
-    SideStream(api).keep([Result()])  # type: ignore[list-item]
-    assert recorded == [api.main]
-
-
 def test_overlap_uses_the_stream_and_a_cpu_says_that_it_has_none(folder: Path, caplog) -> None:
     teacher = load(folder, dtype="fp32", overlap=True)
     assert "no second stream on cpu" in caplog.text
