@@ -99,7 +99,7 @@ class VisionEmbeddings(nn.Module):
         prefix = [token for token in (self.class_token, self.registers) if token is not None]
         if prefix:
             rows = [
-                token.to(x.dtype).expand(len(x), -1 if token.ndim > 1 else 1, -1)
+                token.to(x.dtype).expand(x.shape[0], -1 if token.ndim > 1 else 1, -1)
                 for token in prefix
             ]
             x = torch.cat([*rows, x], dim=1)
@@ -122,7 +122,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B, N, D), mask (B, N) bool or None -> (B, 1, D)."""
-        query = self.latent.to(x.dtype).expand(len(x), 1, -1)
+        query = self.latent.to(x.dtype).expand(x.shape[0], 1, -1)
         pooled, _ = self.attention(query, context=x, key_mask=mask)
         return pooled + self.ffn(self.norm(pooled))
 
