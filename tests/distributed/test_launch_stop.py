@@ -56,9 +56,15 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def wait_for_both(pipe: Path) -> None:
-    seen = ""
-    while len(seen) < 2:
-        seen += pipe.read_text()
+    """Both ranks wrote. Opened for writing too: reading ends when the last writer leaves, and a rank
+    that comes between two readings would find nobody.
+    """
+    descriptor, seen = os.open(pipe, os.O_RDWR), b""
+    try:
+        while len(seen) < 2:
+            seen += os.read(descriptor, 2)
+    finally:
+        os.close(descriptor)
 
 
 @pytest.mark.world_size(2)
