@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.gated_linear import ALL, Entries, GatedLinear
 from models.gates import GateSlot
 from models.outputs import AttentionTrace
 
@@ -86,7 +87,7 @@ class Attention(nn.Module):
         shared_heads: two attentions share one key and value projection of that many heads. The one
             that owns it uses the first `heads` of them, the other the last. None: nothing is shared.
         owner: with `shared_heads`: the projection is here; False: keys and values come in as
-            `memory`, made by the owner's `keys_values`.
+            `memory`, made for this one by the owner's `keys_values`.
     """
 
     def __init__(
@@ -105,16 +106,16 @@ class Attention(nn.Module):
         self.heads, self.head_dim, self.dropout = heads, head_dim, dropout
         self.width, self.key_width, self.qkv_bias = width, key_width or width, qkv_bias
         self.shared_heads, self.owner = shared_heads, owner
-        self.gate = GateSlot(heads)
+        self.gate = GateSlot(heads, head_dim)
         inner = heads * head_dim
         key_inner = inner if shared_heads is None else shared_heads * head_dim
         if heads:
-            self.q = nn.Linear(width, inner, bias=qkv_bias)
+            self.q = GatedLinear(width, inner, bias=qkv_bias)
         if key_inner and owner:
-            self.k = nn.Linear(self.key_width, key_inner, bias=qkv_bias)
-            self.v = nn.Linear(self.key_width, key_inner, bias=qkv_bias)
+            self.k = GatedLinear(self.key_width, key_inner, bias=qkv_bias)
+            self.v = GatedLinear(self.key_width, key_inner, bias=qkv_bias)
         if heads:
-            self.out: nn.Module = nn.Linear(inner, width)
+            self.out: nn.Module = GatedLinear(inner, width)
         else:
             self.out = BiasOnly(width)
 
@@ -133,23 +134,53 @@ class Attention(nn.Module):
         """(B, N, H d) -> (B, H, N, d)."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def keys_values(self, context: Tensor) -> KeyValues:
-        """context (B, K, key_width) -> keys and values, (B, H, K, d) each (H of both readers)."""
-        return self._split(self.k(context)), self._split(self.v(context))
+    def keys_values(
+        self,
+        context: Tensor,
+        reader: Attention | None = None,
+        *,
+        trace: bool = False,
+        compact: bool = True,
+    ) -> KeyValues:
+        """context (B, K, key_width) -> keys and values, (B, H, K, d) each.
+
+        Args:
+            reader: the attention they are for, this one or its partner: only heads of it that take
+                part. None: all heads of the projection, those of both readers.
+            trace: the keys (not the values) are of all the reader's heads.
+            compact: False: all heads take part.
+        """
+        if reader is None:
+            return self._split(self.k(context)), self._split(self.v(context))
+        heads = slice(0, reader.heads)
+        if not reader.owner:  # the last ones of the shared projection
+            heads = slice((reader.shared_heads or reader.heads) - reader.heads, None)
+        places = reader.gate.entries(fold=False, compact=compact).kept
+        if places is not None and heads.start:
+            places = places + heads.start * self.head_dim
+        k = self._split(self.k(context, rows=ALL if trace else Entries(places)))
+        v = self._split(self.v(context, rows=Entries(places)))
+        return (
+            k[:, heads] if trace or places is None else k,
+            v[:, heads] if places is None else v,
+        )
 
     def _own_keys(
-        self, context: Tensor, memory: KeyValues | None, cache: KeyValueCache | None, grows: bool
+        self,
+        context: Tensor,
+        memory: KeyValues | None,
+        cache: KeyValueCache | None,
+        grows: bool,
+        trace: bool,
     ) -> KeyValues:
         """Keys and values for this attention's heads, from wherever they come."""
         if cache is not None and cache.held is not None and not grows:
             return cache.held
         if memory is None and not self.owner:
             raise ValueError("this attention has no keys of its own: it needs `memory`")
-        k, v = self.keys_values(context) if memory is None else memory
-        if self.shared_heads is not None:
-            heads = slice(0, self.heads) if self.owner else slice(k.shape[1] - self.heads, None)
-            k, v = k[:, heads], v[:, heads]
-        return (k, v) if cache is None else cache.extend(k, v)
+        if memory is None:
+            memory = self.keys_values(context, self, trace=trace, compact=cache is None)
+        return memory if cache is None else cache.extend(*memory)
 
     def forward(
         self,
@@ -170,8 +201,10 @@ class Attention(nn.Module):
         Args:
             key_mask: (C, K) bool, True on visible keys; None when all are. K counts cached keys.
             causal: queries see keys up to their own position; they are the last N of the K.
-            trace: also return what a loss needs to rebuild the attention map.
-            memory: keys and values in place of projecting `context`.
+            trace: also return what a loss needs to rebuild the attention maps, of all heads: a head
+                whose gate is 0 then loses its values and its part of the output projection only.
+            memory: keys and values in place of projecting `context`, from `keys_values` with the
+                same `trace`.
             cache: grows by the keys of x, or keeps those of `context`.
 
         Raises:
@@ -184,8 +217,14 @@ class Attention(nn.Module):
             keys = x.new_zeros(x.shape[0], 0, context.shape[1], self.head_dim)
             record = _trace(empty, keys, scale, key_mask, causal) if trace else None
             return self.out(x), record
-        q = self._split(self.q(x))
-        k, v = self._own_keys(context, memory, cache, grows)
+        # With a cache all heads take part: it outlives the gates of one pass.
+        gates = self.gate.entries(fold=x.numel() // self.width >= self.width, compact=cache is None)
+        q = self._split(self.q(x, rows=ALL if trace else Entries(gates.kept)))
+        k, v = self._own_keys(context, memory, cache, grows, trace)
+        record = _trace(q, k, scale, key_mask, causal) if trace else None
+        if trace and gates.kept is not None:
+            kept = self.gate.kept
+            q, k = q.index_select(1, kept), k.index_select(1, kept)
         mask, is_causal = _visible(key_mask, causal, q.shape[2], k.shape[2], q.device)
         mixed = F.scaled_dot_product_attention(
             _fold(q, k.shape[0]),
@@ -196,10 +235,7 @@ class Attention(nn.Module):
             is_causal=is_causal,
         )
         mixed = _unfold(mixed, q.shape[0])
-        if self.gate.z is not None:
-            mixed = mixed * self.gate.z.to(mixed.dtype).view(1, -1, 1, 1)
-        record = _trace(q, k, scale, key_mask, causal) if trace else None
-        return self.out(mixed.transpose(1, 2).flatten(2)), record
+        return self.out(mixed.transpose(1, 2).flatten(2), columns=gates), record
 
 
 def _fold(q: Tensor, contexts: int) -> Tensor:

@@ -157,7 +157,12 @@ def run_layers(
             context, context_mask = contexts[turn % len(contexts)]
             cross = layer.cross_attention
             if owner is not None and not cross.owner and cross.heads:
-                memory = owner.keys_values(context)
+                memory = owner.keys_values(
+                    context,
+                    cross,
+                    trace=index in capture.cross_attention,
+                    compact=cache is None,
+                )
             owner, turn = cross, turn + 1
         x, own_trace, cross_trace = run_block(
             layer,

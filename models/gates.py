@@ -15,6 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from models.compaction import ALIGNMENT, ActiveUnits
+from models.gated_linear import ALL, Entries
+
 __all__ = ["GateBank", "GateRow", "GateSlot", "hard_concrete", "probability_open"]
 
 TEMPERATURE = 2.0 / 3.0
@@ -29,18 +32,70 @@ INIT_STD = 0.01
 class GateSlot(nn.Module):
     """Holds the gate values of one layer's heads or FFN units for the current step.
 
-    No parameters, no buffers. `z` is None (open, costs nothing) or a (units,) fp32 tensor written
-    by a `GateBank`. The bank writes it once a step, so that activation recomputation sees the same
-    values.
+    No parameters, no buffers. A `GateBank` writes it once a step, so that activation recomputation
+    sees the same values.
+
+    Attributes:
+        units: U.   size: rows or columns of a weight that belong to one unit (d of a head).
+        z: None (open, costs nothing) or (U,) fp32.
+        folded: gates may go into weights; False: onto activations, always.
     """
 
-    def __init__(self, units: int) -> None:
+    def __init__(self, units: int, size: int = 1) -> None:
         super().__init__()
-        self.units = units
+        self.units, self.size = units, size
         self.z: Tensor | None = None
+        self.folded = True
+        self._kept: Tensor | None = None
+        self._places: Tensor | None = None
 
     def extra_repr(self) -> str:
         return f"units={self.units}"
+
+    def hold(self, z: Tensor | None, folded: bool = True, kept: Tensor | None = None) -> None:
+        """Values for the coming passes; `kept` (n,) int64: the units that take part (None: all)."""
+        self.z, self.folded, self._kept = z, folded, kept
+        self._places = None if kept is None else self._entries_of(kept)
+
+    def held(self) -> tuple[Tensor | None, bool, Tensor | None]:
+        """What `hold` was given."""
+        return self.z, self.folded, self._kept
+
+    def _entries_of(self, units: Tensor) -> Tensor:
+        """Unit indices -> indices of their rows or columns."""
+        if self.size == 1:
+            return units
+        return (units[:, None] * self.size + torch.arange(self.size, device=units.device)).flatten()
+
+    @property
+    def kept(self) -> Tensor | None:
+        """(n,) int64, the units that take part; None where all of them do.
+
+        When all do the index changes nothing but their order. A compiled graph takes it all the
+        same: it would otherwise be compiled for each set of slots that are complete.
+        """
+        kept = self._kept
+        if kept is None or (kept.shape[0] == self.units and not torch.compiler.is_compiling()):
+            return None
+        return kept
+
+    def entries(self, fold: bool, compact: bool = True) -> Entries:
+        """The gates as a `GatedLinear` takes them.
+
+        Args:
+            fold: folding is the cheaper form here: there are at least as many tokens as outputs of
+                the layer whose columns (or inputs of the layer whose rows) the gates govern.
+            compact: False: all units take part in this pass, whatever the bank chose.
+        """
+        if self.z is None:
+            return ALL
+        z, places = self.z, None
+        kept = self.kept if compact else None
+        if kept is not None:
+            z, places = z.index_select(0, kept), self._places
+        if self.size > 1:
+            z = z[:, None].expand(-1, self.size).flatten()
+        return Entries(places, z, fold and self.folded)
 
 
 def probability_open(log_alpha: Tensor) -> Tensor:
@@ -134,9 +189,11 @@ class GateBank:
         ffn_init_drop: float = 0.5,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        alignment: int = ALIGNMENT,
     ) -> None:
         """`costs`: unit cost by slot name. `total` replaces the sum of all costs where a budget
-        defines its own.
+        defines its own. `alignment`: rows or columns of a weight, of which `active_units` keeps a
+        multiple.
 
         Initial values (published): heads N(head_init, 0.01), FFN units N(ln((1 - p) / p), 0.01)
         with p = ffn_init_drop; drawn on the CPU from `seed`, so equal on every rank and device.
@@ -157,6 +214,8 @@ class GateBank:
         self.costs = self._spread([row.cost for row in self.rows])
         self.total = float(self.costs.sum()) if total is None else float(total)
         self._index, self._padding = self._grid()
+        sizes = [self._slots[row.name].size for row in self.rows]
+        self._multiples = torch.tensor([alignment // math.gcd(alignment, n) for n in sizes])
         self.to(device)
 
     @classmethod
@@ -207,8 +266,8 @@ class GateBank:
         """Moves everything to `device`, in place; before an optimizer has seen the parameters."""
         self.log_alpha.data = self.log_alpha.data.to(device)
         self.multipliers.data = self.multipliers.data.to(device)
-        self.costs, self._index, self._padding = (
-            x.to(device) for x in (self.costs, self._index, self._padding)
+        self.costs, self._index, self._padding, self._multiples = (
+            x.to(device) for x in (self.costs, self._index, self._padding, self._multiples)
         )
         return self
 
@@ -280,10 +339,29 @@ class GateBank:
         kept = (rank >= zeros[:, None]).to(self.log_alpha.dtype)
         return kept[~self._padding]
 
-    def write(self, z: Tensor, requires_grad: bool = True) -> None:
-        """Puts (G,) gate values into the slots, as leaf tensors; read them back with `gradient`."""
-        for name, part in self.split(z.detach()).items():
-            self._slots[name].z = part.clone().requires_grad_(requires_grad)
+    def active_units(self, z: Tensor) -> ActiveUnits:
+        """Which units take part under (G,) gate values, for `write`; ask as early as z is known."""
+        return ActiveUnits(z[self._index], self._padding, self._multiples)
+
+    def write(
+        self,
+        z: Tensor,
+        requires_grad: bool = True,
+        *,
+        folded: bool = True,
+        active: ActiveUnits | None = None,
+    ) -> None:
+        """Puts (G,) gate values into the slots, as leaf tensors; read them back with `gradient`.
+
+        Args:
+            folded: gates may go into weights; False: onto activations, the plain form.
+            active: of the same z: only these units take part. None: all.
+        """
+        kept = [None] * len(self.rows) if active is None else active.rows()
+        parts = self.split(z.detach())
+        for row, units in zip(self.rows, kept, strict=True):
+            leaf = parts[row.name].clone().requires_grad_(requires_grad)
+            self._slots[row.name].hold(leaf, folded, units)
 
     def gradient(self) -> Tensor:
         """(G,) gradient gathered from the slots' leaves; zeros where a gate took no part in the
@@ -296,18 +374,22 @@ class GateBank:
         return flat
 
     def values(self) -> dict[str, Tensor | None]:
-        """What the slots hold now."""
+        """The gate values in the slots now."""
         return {name: slot.z for name, slot in self._slots.items()}
 
-    def restore(self, values: Mapping[str, Tensor | None]) -> None:
-        """Puts back what `values` returned."""
-        for name, z in values.items():
-            self._slots[name].z = z
+    def held(self) -> dict[str, tuple[Any, ...]]:
+        """Everything in the slots now, for `restore`."""
+        return {name: slot.held() for name, slot in self._slots.items()}
+
+    def restore(self, held: Mapping[str, tuple[Any, ...]]) -> None:
+        """Puts back what `held` returned."""
+        for name, values in held.items():
+            self._slots[name].hold(*values)
 
     def clear(self) -> None:
         """Resets the slots to None: all open, at no cost."""
         for slot in self._slots.values():
-            slot.z = None
+            slot.hold(None)
 
     @torch.no_grad()
     def clamp(self) -> None:

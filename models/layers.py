@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import Attention, BiasOnly, KeyValues, LayerCache
+from models.gated_linear import GatedLinear
 from models.gates import GateSlot
 from models.outputs import AttentionTrace, Capture, EncoderOutput
 
@@ -32,6 +33,10 @@ __all__ = [
 ]
 
 
+# Below, gathering the weights of the units that take part costs more than the others' products.
+_FEW_TOKENS = 64
+
+
 def quick_gelu(x: Tensor) -> Tensor:
     """CLIP's activation, x * sigmoid(1.702 x)."""
     return x * torch.sigmoid(1.702 * x)
@@ -42,7 +47,10 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:
-    """The function behind a configuration's activation name ("gelu" is the exact, erf one)."""
+    """The function behind a configuration's activation name ("gelu" is the exact, erf one).
+
+    Each maps 0 to 0, which is why a unit closed before its activation can be left out.
+    """
     functions = {"gelu": F.gelu, "quick_gelu": quick_gelu, "gelu_tanh": _gelu_tanh}
     if name not in functions:
         raise ValueError(f"activation {name!r} is unknown; choose one of {sorted(functions)}")
@@ -59,8 +67,8 @@ class FeedForward(nn.Module):
         self.gate_first = gate_position == "pre"
         self.gate = GateSlot(units)
         if units:
-            self.fc1 = nn.Linear(width, units)
-            self.fc2: nn.Module = nn.Linear(units, width)
+            self.fc1 = GatedLinear(width, units)
+            self.fc2: nn.Module = GatedLinear(units, width)
         else:
             self.fc2 = BiasOnly(width)
 
@@ -73,15 +81,18 @@ class FeedForward(nn.Module):
         """(B, N, D) -> (B, N, D)."""
         if self.units == 0:
             return self.fc2(x)
-        hidden, z = self.fc1(x), self.gate.z
-        if z is not None:
-            z = z.to(hidden.dtype)
-        if z is not None and self.gate_first:
-            hidden = hidden * z
-        hidden = self.activation(hidden)
-        if z is not None and not self.gate_first:
-            hidden = hidden * z
-        return self.fc2(hidden)
+        tokens = x.numel() // self.width
+        gates = self.gate.entries(fold=tokens >= self.width, compact=tokens >= _FEW_TOKENS)
+        # A gate after the activation folds into the columns that read it, and otherwise meets the
+        # activation where it is computed; one before it belongs to the rows of fc1 either way.
+        last = gates.fold and not self.gate_first
+        hidden = self.fc1(
+            x,
+            rows=gates._replace(gate=None) if last else gates,
+            activation=self.activation,
+            gate_first=self.gate_first,
+        )
+        return self.fc2(hidden, columns=gates if last else gates._replace(gate=None))
 
 
 class ViTBlock(nn.Module):

@@ -265,6 +265,8 @@ class PruneConfig:
         ramp_steps: steps over which the target grows from 0.
         freeze_step: from here the structure is fixed (deterministic gates); None never.
         modalities: which encoders carry gates.
+        gates: how a step applies them, all three exactly alike. "mask" multiplies activations,
+            "fold" weights; "compact" folds and leaves units at 0 out of the products.
     """
 
     sparsity: float = 0.25
@@ -279,6 +281,7 @@ class PruneConfig:
         "fusion",
         "decoder",
     )
+    gates: Literal["mask", "fold", "compact"] = "compact"
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -296,7 +299,7 @@ class EngineConfig:
             partitioned parameters too (ZeRO-3); "none" leaves it to `config`.
         activation_checkpointing: the student's blocks compute their activations again in the
             backward instead of keeping them.
-        compile: torch.compile mode of the student's encoders.
+        compile: torch.compile mode of the student's encoders (ZeRO 0 to 2).
     """
 
     config: str = "zero1"

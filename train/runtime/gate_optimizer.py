@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed
 from torch import Tensor
 from torch.optim import AdamW
 
+from models.compaction import ActiveUnits
 from models.gates import GateBank
 from models.pruning.budget import meet_budget, target_sparsity
 from models.pruning.lagrangian import lagrangian
@@ -42,12 +44,27 @@ def _load_optimizer_state(optimizer: AdamW, moments: Mapping[str, Tensor]) -> No
     optimizer.load_state_dict(state)
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """Gates of one step.
+
+    Attributes:
+        key: the step, and the seed of its noise.   z: (G,) with its graph to log-alpha.
+        active: the units that take part; None where all do.
+    """
+
+    key: tuple[int, int]
+    z: Tensor
+    active: ActiveUnits | None
+
+
 class GateOptimizer:
     """One step of the gates per optimizer step of the model.
 
         gates.begin_step(step, generator)  # leaves into the slots, shared by all micro-batches
         ... forward and backward of every micro-batch ...
         gates.finish_step(step, applied, grad_scale)
+        gates.prepare(next_step, generator)  # optional: what begin_step would do, ahead of it
 
     Steps count applied or skipped general steps from 0. From `freeze_step` on the structure is
     fixed: gates that meet the budget exactly are made once and kept in the state; neither gates nor
@@ -66,7 +83,9 @@ class GateOptimizer:
         self._sampled: Tensor | None = (
             None  # (G,) with its graph to log-alpha, of the step under way
         )
+        self._ahead: _Sample | None = None  # of the coming step
         self._frozen: Tensor | None = None
+        self._frozen_active: ActiveUnits | None = None
         self._step = 0
 
     @property
@@ -86,10 +105,36 @@ class GateOptimizer:
             self.freeze()
             assert self._frozen is not None
             self._sampled = None
-            self.bank.write(self._frozen, requires_grad=False)
+            self._write(self._frozen, self._frozen_active, requires_grad=False)
             return
-        self._sampled = self.bank.sample(generator)
-        self.bank.write(self._sampled)
+        sample, self._ahead = self._ahead, None
+        if sample is None or sample.key != (step, generator.initial_seed()):
+            sample = self._sample(step, generator)
+        self._sampled = sample.z
+        self._write(sample.z, sample.active)
+
+    def prepare(self, step: int, generator: torch.Generator) -> None:
+        """Samples the gates of the coming step now, so that the counts of its units are on the host
+        when it begins.
+
+        Changes no result: the noise is keyed by (seed, step), and log-alpha does not move between
+        the steps. Another step than this one then samples for itself. `generator`: as `begin_step`
+        will get it.
+        """
+        frozen = self.prune.freeze_step is not None and step >= self.prune.freeze_step
+        self._ahead = None if frozen else self._sample(step, generator)
+
+    def _sample(self, step: int, generator: torch.Generator) -> _Sample:
+        key = (step, generator.initial_seed())
+        z = self.bank.sample(generator)
+        return _Sample(key, z, self._active(z))
+
+    def _active(self, z: Tensor) -> ActiveUnits | None:
+        return self.bank.active_units(z) if self.prune.gates == "compact" else None
+
+    def _write(self, z: Tensor, active: ActiveUnits | None, requires_grad: bool = True) -> None:
+        folded = self.prune.gates != "mask"
+        self.bank.write(z, requires_grad, folded=folded, active=active)
 
     def finish_step(self, step: int, applied: bool, grad_scale: float = 1.0) -> None:
         """Updates gates and multipliers from the gradients that reached the slots, and clears the
@@ -138,7 +183,11 @@ class GateOptimizer:
     def freeze(self) -> None:
         """Fixes the structure now; does nothing when it is fixed."""
         if self._frozen is None:
-            self._frozen = self._final()
+            self._fix(self._final())
+
+    def _fix(self, structure: Tensor | None) -> None:
+        self._frozen = structure
+        self._frozen_active = None if structure is None else self._active(structure)
 
     def _final(self) -> Tensor:
         reached = float(self.bank.actual_sparsity(self.bank.deterministic()))
@@ -165,8 +214,8 @@ class GateOptimizer:
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Deterministic gates in the slots for the duration; what was there before comes back."""
-        before = self.bank.values()
-        self.bank.write(self.hard_gates(), requires_grad=False)
+        before, hard = self.bank.held(), self.hard_gates()
+        self._write(hard, self._active(hard), requires_grad=False)
         try:
             yield
         finally:
@@ -216,5 +265,6 @@ class GateOptimizer:
         _load_optimizer_state(self._gate_optimizer, state["gate_optimizer"])
         _load_optimizer_state(self._multiplier_optimizer, state["multiplier_optimizer"])
         frozen = state["frozen"]
-        self._frozen = None if frozen is None else frozen.to(self.bank.log_alpha)
+        self._fix(None if frozen is None else frozen.to(self.bank.log_alpha))
+        self._ahead = None  # it was sampled from the gates before
         self.skipped, self._step = int(state["skipped"]), int(state["step"])

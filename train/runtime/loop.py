@@ -201,7 +201,16 @@ def _one_step(
     elif result.spike:
         _LOG.warning("%s step %d: the loss leapt up, step skipped", kind, progress.step)
     guard.see(result.finite, progress.step, kind=kind, loss=result.loss, spike=result.spike)
+    if run.gates is not None and kind == "general":
+        _prepare_gates(run, progress.step + result.applied)
     return result.applied
+
+
+def _prepare_gates(run: Run, step: int) -> None:
+    """Gates of the coming step, drawn now as `train_step` will: see `GateOptimizer.prepare`."""
+    assert run.gates is not None
+    micro_steps = run.engine.gradient_accumulation_steps()
+    run.gates.prepare(step, _contexts(run, step, "general")(micro_steps).generator)
 
 
 def _contexts(run: Run, step: int, kind: str) -> Callable[[int], StepContext]:

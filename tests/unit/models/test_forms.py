@@ -182,7 +182,7 @@ def test_a_pair_may_keep_different_heads():
     owner = Attention(8, 2, 4, **kwargs)
     reader = Attention(8, 2, 4, owner=False, **kwargs)
     x, context = torch.randn(2, 5, 8), torch.randn(2, 7, 6)
-    memory = owner.keys_values(context)
+    memory = owner.keys_values(context, reader)
     for part, heads in ((owner, slice(0, 8)), (reader, slice(4, 12))):
         plain = Attention(8, 2, 4, key_width=6)
         state = part.state_dict()

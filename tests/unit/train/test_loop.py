@@ -40,14 +40,18 @@ class FakeGates:
     """Remembers what the loop tells the gates."""
 
     def __init__(self) -> None:
-        self.begun: list[int] = []
+        self.begun: list[tuple[int, int]] = []
+        self.prepared: list[tuple[int, int]] = []
         self.finished: list[tuple[int, bool, float]] = []
 
     def begin_step(self, step: int, generator: torch.Generator) -> None:
-        self.begun.append(step)
+        self.begun.append((step, generator.initial_seed()))
 
     def finish_step(self, step: int, applied: bool, grad_scale: float) -> None:
         self.finished.append((step, applied, grad_scale))
+
+    def prepare(self, step: int, generator: torch.Generator) -> None:
+        self.prepared.append((step, generator.initial_seed()))
 
     def metrics(self) -> dict[str, float]:
         return {"target": 0.25}
@@ -87,6 +91,8 @@ def _with_nan(folder: Path, stage: int) -> dict[str, Any]:
         "position": run.loader.position,
         "records": run.monitor.records,
         "finished": run.gates.finished,
+        "begun": run.gates.begun,
+        "prepared": run.gates.prepared,
         "finite": all(bool(p.isfinite().all()) for p in run.student.parameters()),
         "model": (folder / "model").exists(),
     }
@@ -160,6 +166,9 @@ def test_a_non_finite_step_is_skipped_counted_and_tried_again(
         (0, True), (1, True), (2, False), (2, False), (2, True), (3, True), (4, True), (5, True),
     ]  # fmt: skip
     assert {scale for _, _, scale in result["finished"]} == {1.0}
+    # Gates are sampled one step ahead, as the step itself would: after a skipped one, too.
+    assert result["prepared"][:-1] == result["begun"][1:]
+    assert [step for step, _ in result["prepared"]] == [1, 2, 2, 2, 3, 4, 5, 6]
     assert result["records"][-1]["faults"]["nonfinite"] == 2
     assert result["records"][-1]["sparsity"] == {"target": 0.25}
     assert all(r["loss"]["total"] == r["loss"]["total"] for r in result["records"])
