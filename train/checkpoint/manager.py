@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.checkpoint import manifest, scan
+from train.checkpoint import manifest, reshard, scan
 from train.checkpoint.find import LATEST, find_valid, tags_of
 from train.checkpoint.manifest import ManifestError
 from train.checkpoint.peers import Peers
@@ -118,6 +118,7 @@ class CheckpointManager:
             "step": step,
             "world_size": self._peers.world,
             "zero_stage": engine.zero_optimization_stage(),
+            "layout": reshard.layout_of(engine),
             "config": state.get("config", {}),
             "config_hash": manifest.hash_of(state.get("config", {})),
             "score": self.best.score_at(step),
@@ -272,8 +273,9 @@ class CheckpointManager:
             which: "auto", "none", or the path of a checkpoint, a checkpoints folder or a run
                 directory.
             check: called with the manifest before anything is loaded; raises when it does not fit.
-        Raises UserError when no checkpoint is valid, or it belongs to another run, ZeRO stage or
-        world size. Nothing is loaded then.
+        A checkpoint that another number of ranks or another ZeRO stage has written is put together
+        anew (reshard.py). Raises UserError when no checkpoint is valid, it belongs to another run,
+        or its model is another. Nothing is loaded then.
         """
         self.wait()
         if which == "none":
@@ -283,10 +285,19 @@ class CheckpointManager:
         if found is None:
             return None
         target, values = found
-        self._check_fits(engine, target, values)
+        self._check_run(target, values)
         if check is not None:
             check(values)
+        self._load_engine(engine, target, values)
+        if target.parent.resolve() == self.folder.resolve():
+            self._position = values["step"]
+        return self._load_state(target, values)
+
+    def _load_engine(self, engine: DeepSpeedEngine, target: Path, values: dict[str, Any]) -> None:
         _staging_engine(engine)
+        if values.get("layout") != reshard.layout_of(engine):
+            reshard.load(engine, target, values, self._peers)
+            return
         loaded, _ = engine.load_checkpoint(
             str(target.parent),
             tag=target.name,
@@ -295,30 +306,16 @@ class CheckpointManager:
         )
         if loaded is None:
             raise UserError(f"{target}: DeepSpeed could not load it")
-        if target.parent.resolve() == self.folder.resolve():
-            self._position = values["step"]
-        return self._load_state(target, values)
 
     def find(self, which: str = "auto") -> tuple[Path, dict[str, Any]] | None:
         """`find_valid` for this run: the newest valid checkpoint and its manifest."""
         return find_valid(self._peers, self.folder, which, self._run_id(create=False))
 
-    def _check_fits(self, engine: DeepSpeedEngine, target: Path, values: dict[str, Any]) -> None:
+    def _check_run(self, target: Path, values: dict[str, Any]) -> None:
         if self._run_id(create=False) is None and target.parent.resolve() != self.folder.resolve():
             raise UserError(
                 f"{target} belongs to another run ({values['run_id'][:64]}); to start from its "
                 "weights, set model= or initialise.source= to that run's model folder"
-            )
-        stage, world = engine.zero_optimization_stage(), self._peers.world
-        if values["zero_stage"] != stage:
-            raise UserError(
-                f"{target} was written at ZeRO stage {values['zero_stage']}, this run uses stage "
-                f"{stage}: resume with the old engine.config"
-            )
-        if values["world_size"] != world and stage > 0:
-            raise UserError(
-                f"{target} was written by {values['world_size']} processes, this run has {world}: "
-                f"resume with {values['world_size']} (only ZeRO stage 0 can change the number)"
             )
 
     def _load_state(self, target: Path, values: dict[str, Any]) -> dict[str, Any]:

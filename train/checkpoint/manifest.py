@@ -1,9 +1,9 @@
 """MANIFEST.json: what a complete checkpoint consists of. It is written last, so its presence means
 completeness.
 
-{"version": 2, "run_id", "step", "world_size", "zero_stage", "config": {...}, "config_hash",
- "score": null | {"name", "value"}, "provenance": {"commit", "versions": {...}, ...}, "written",
- "files": {NAME: {"bytes": n, "xxh3": hex}}, "hash": hex of everything else}
+{"version": 2, "run_id", "step", "world_size", "zero_stage", "layout", "config": {...},
+ "config_hash", "score": null | {"name", "value"}, "provenance": {"commit", "versions": {...}, ...},
+ "written", "files": {NAME: {"bytes": n, "xxh3": hex}}, "hash": hex of everything else}
 
 The hashes find accidents: a flipped bit, a truncated or a swapped file. They are no signature; what
 keeps a forged file from doing harm is that nothing is unpickled freely (train/checkpoint/scan.py).

@@ -63,6 +63,11 @@ _MAY_CHANGE = (
     "teacher.inject",
     "engine.activation_checkpointing",
     "engine.compile",
+    "prune.gates",
+    # Who holds which part of the optimizer: a checkpoint is put together anew (reshard.py).
+    "engine.config",
+    "engine.offload",
+    "engine.collective_timeout",
     "optim.spike_",
     "optim.skip_limit",
 )

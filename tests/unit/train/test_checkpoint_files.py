@@ -38,9 +38,12 @@ class FakeEngine:
     def __init__(self, weights: torch.Tensor) -> None:
         self.weights = weights
         self.checkpoint_engine: Any = StagingEngine()
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        self.param_names = {parameter: "w"}
+        self.optimizer = torch.optim.AdamW([parameter])
 
     def zero_optimization_stage(self) -> int:
-        return 1
+        return 0
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
         assert not save_latest
