@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,36 @@ def test_fp16_follows_fp32_at_the_published_loss_scale(pool: RankPool, stage: in
     for full, half, scales in pool.run(losses_in_both_precisions, stage):
         assert half == pytest.approx(full, rel=5e-3) and half != full
         assert scales == [1024.0] * 6
+
+
+def losses_of_a_compiled_student(case: Case) -> tuple[list[float], int]:
+    """And how many graphs were made. AOT's tracing without Inductor's code: that is seen elsewhere,
+    here it is whether hooks that gather parameters and graphs get along.
+    """
+    from torch._dynamo.utils import counters
+
+    from models.xvlm import XVLM
+
+    compile_encoders = XVLM.compile_encoders
+    counters.clear()
+    XVLM.compile_encoders = partialmethod(  # type: ignore[method-assign, assignment]
+        compile_encoders, backend="aot_eager"
+    )
+    try:
+        losses, _ = losses_of_all_terms(case, compile="default")
+    finally:
+        XVLM.compile_encoders = compile_encoders  # type: ignore[method-assign]
+    return losses, counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("case", [Case(1), Case(2, 1, True)], ids=str)
+def test_a_compiled_student_trains_alike(pool: RankPool, case: Case) -> None:
+    expected = pool.run(losses_of_all_terms, Case(0))
+    for (plain, _), (losses, graphs) in zip(
+        expected, pool.run(losses_of_a_compiled_student, case), strict=True
+    ):
+        assert graphs > 0
+        assert losses == pytest.approx(plain, rel=1e-5)
 
 
 # --- steps that are skipped -----------------------------------------------------------------------

@@ -125,6 +125,12 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
                 "DeepSpeed 0.19; use engine.config=zero1"
             )
         values["gradient_clipping"] = 0.0  # GuardedAdamW clips
+    if zero_stage(values) == 3 and config.engine.compile != "none":
+        raise UserError(
+            f"{path}: engine.compile={config.engine.compile} does not go with ZeRO stage 3, whose "
+            "hooks gather parameters in the middle of every graph: use engine.config=zero2, or "
+            "engine.compile=none"
+        )
     values.setdefault("zero_allow_untested_optimizer", True)
     values.setdefault("zero_force_ds_cpu_optimizer", False)  # `_cpu_optimizer` chooses
     left = _auto_keys(values)

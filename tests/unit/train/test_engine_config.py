@@ -86,6 +86,12 @@ def test_wrong_settings_name_file_and_key(
         assert part in str(error.value)
 
 
+def test_a_compiled_student_needs_whole_parameters() -> None:
+    assert zero_stage(engine_settings(_config("zero2", compile="default"))) == 2
+    with pytest.raises(UserError, match="engine.compile=default .* engine.config=zero2"):
+        engine_settings(_config("zero3", compile="default"))
+
+
 def test_fp16_needs_zero_1(tmp_path: Path) -> None:
     assert _settings(tmp_path, {}, "fp16")["fp16"]["enabled"] is True
     with pytest.raises(UserError, match="zero1"):
