@@ -156,12 +156,10 @@ def losses_of_a_compiled_student(case: Case) -> tuple[list[float], int]:
     return losses, counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("case", [Case(1), Case(2, 1, True)], ids=str)
-def test_a_compiled_student_trains_alike(pool: RankPool, case: Case) -> None:
+def test_a_compiled_student_trains_alike(pool: RankPool) -> None:
     expected = pool.run(losses_of_all_terms, Case(0))
-    for (plain, _), (losses, graphs) in zip(
-        expected, pool.run(losses_of_a_compiled_student, case), strict=True
-    ):
+    found = pool.run(losses_of_a_compiled_student, Case(2, 1, True))
+    for (plain, _), (losses, graphs) in zip(expected, found, strict=True):
         assert graphs > 0
         assert losses == pytest.approx(plain, rel=1e-5)
 
