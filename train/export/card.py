@@ -18,50 +18,73 @@ __all__ = ["Facts", "card"]
 
 @dataclass(frozen=True)
 class Facts:
-    """What the weights alone cannot tell.
+    """What the weights alone cannot tell: each comes from a file, and is left out without it.
 
     Attributes:
         recipe: resolved run file, as YAML text.
         data: split name -> manifest hash and counts.
-        metrics: name -> value, as evaluated.
+        evaluation: of espalier eval --json: metrics, and "task", "split" and "model" beside them.
         dense_prunable: prunable parameters before pruning, for the sparsity.
         command: how to make the model again.
         origin: where the first weights came from (train.student.FirstWeights.save).
+        sparsity: what pruning kept, by modality (sparsity.json of the run).
+        bench: of espalier bench --json.   benched: this model's name in it.
     """
 
     recipe: str = ""
     data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
     dense_prunable: int | None = None
     command: str = ""
     origin: Mapping[str, Any] = field(default_factory=dict)
+    sparsity: Mapping[str, Any] = field(default_factory=dict)
+    bench: Mapping[str, Any] = field(default_factory=dict)
+    benched: str = ""
 
     @classmethod
     def of_run(
-        cls, model: Path, metrics: Mapping[str, float] | None = None, dense: int | None = None
+        cls,
+        model: Path,
+        evaluation: Mapping[str, Any] | None = None,
+        dense: int | None = None,
+        bench: Mapping[str, Any] | None = None,
+        benched: str = "",
     ) -> Facts:
-        """Facts of the run directory that holds `model` (RUN/model); empty where there is none."""
-        run_file = model.resolve().parent / "run.yaml"
+        """Facts of the run directory that holds `model` (RUN/model), as far as it has files."""
+        folder = model.resolve().parent
+        measured: dict[str, Any] = {
+            "evaluation": evaluation or {},
+            "dense_prunable": dense,
+            "bench": bench or {},
+            "benched": benched,
+        }
+        run_file = folder / "run.yaml"
         if not run_file.is_file():
-            return cls(metrics=metrics or {}, dense_prunable=dense)
+            return cls(**measured)
         text = run_file.read_text(encoding="utf-8")
         values = yaml.safe_load(text)
         values = values if isinstance(values, dict) else {}
         data = {}
-        for split, folder in _sources(values.get("data") or {}):
-            manifest = Path(folder) / "manifest.json"
-            if manifest.is_file():
-                found = json.loads(manifest.read_text(encoding="utf-8"))
+        for split, place in _sources(values.get("data") or {}):
+            found = _json(Path(place) / "manifest.json")
+            if found:
                 data[split] = {
                     key: found[key] for key in ("task", "samples", "hash") if key in found
                 }
-        origin_file = run_file.with_name("origin.json")
-        origin = (
-            json.loads(origin_file.read_text(encoding="utf-8")) if origin_file.is_file() else {}
-        )
         stage = values.get("stage", "")
-        command = f"espalier {stage} run.yaml" if stage else ""
-        return cls(text, data, metrics or {}, dense, command, origin)
+        return cls(
+            recipe=text,
+            data=data,
+            command=f"espalier {stage} run.yaml" if stage else "",
+            origin=_json(folder / "origin.json"),
+            sparsity=_json(folder / "sparsity.json"),
+            **measured,
+        )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _sources(data: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -115,8 +138,15 @@ def _origin(origin: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def card(model: XVLM, facts: Facts, dtype: str, size: int) -> str:
-    """Markdown of the card. `size`: bytes of the weights file."""
+def card(
+    model: XVLM, facts: Facts, dtype: str, size: int, graphs: Mapping[str, Any] | None = None
+) -> str:
+    """Markdown of the card.
+
+    Args:
+        size: bytes of the weights file, or of all graphs.
+        graphs: what graphs.json says, for a folder of graphs.
+    """
     from train.evaluation.macs import parameters
 
     counts, config = parameters(model), model.config
@@ -126,35 +156,18 @@ def card(model: XVLM, facts: Facts, dtype: str, size: int) -> str:
         f"A vision-language model of form `{config.form}`, {counts['total']:,} parameters, "
         f"{size / 1e6:.2f} MB of {dtype} weights, pictures of {config.vision.image_size} px.",
         "",
-        "```python",
-        "from models import from_pretrained",
-        'model = from_pretrained("path/to/this/folder")',
-        "```",
-        "",
+        *(_LOADING if graphs is None else _graphs(graphs)),
         "## Parameters",
         "",
         "| part | parameters |",
         "|---|---|",
         *(f"| {part} | {count:,} |" for part, count in counts.items()),
         "",
+        *_sparsity(facts, counts["prunable"]),
+        *("## Shape", "", *_shape(model), ""),
+        *_metrics(facts.evaluation),
+        *_speed(facts.bench, facts.benched),
     ]
-    if facts.dense_prunable:
-        sparsity = 1 - counts["prunable"] / facts.dense_prunable
-        lines += [
-            f"Sparsity {100 * sparsity:.2f} %: {counts['prunable']:,} of {facts.dense_prunable:,} "
-            "prunable parameters (attention heads and FFN units) are left, counted from this "
-            "file.",
-            "",
-        ]
-    lines += ["## Shape", "", *_shape(model), ""]
-    if facts.metrics:
-        lines += ["## Measured", "", "| metric | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4f} |" for name, value in facts.metrics.items()]
-        lines += [
-            "",
-            "`blind` is the accuracy of a language-only baseline on the same questions.",
-            "",
-        ]
     if facts.origin:
         lines += ["## First weights", "", *_origin(facts.origin), ""]
     if facts.data:
@@ -169,3 +182,109 @@ def card(model: XVLM, facts: Facts, dtype: str, size: int) -> str:
         lines += [f"Made again by `{facts.command}` with:", ""] if facts.command else []
         lines += ["```yaml", facts.recipe.strip(), "```", ""]
     return "\n".join(lines)
+
+
+_LOADING = [
+    "```python",
+    "from models import from_pretrained",
+    'model = from_pretrained("path/to/this/folder")',
+    "```",
+    "",
+]
+
+
+def _graphs(described: Mapping[str, Any]) -> list[str]:
+    """The files, what they take and give, and how far they are from the model."""
+    found = described["check"]
+    lines = [
+        f"## Graphs ({described['format']})",
+        "",
+        "| file | MB | takes | gives | largest difference |",
+        "|---|---|---|---|---|",
+    ]
+    for name, graph in described["graphs"].items():
+        takes = "<br>".join(
+            f"{port['name']} {port['dtype']} ({', '.join(map(str, port['shape']))})"
+            for port in graph["inputs"]
+        )
+        gives = "<br>".join(port["name"] for port in graph["outputs"])
+        worst = max(found["graphs"][name].values())
+        size = graph["bytes"] / 1e6
+        lines.append(f"| {graph['file']} | {size:.2f} | {takes} | {gives} | {worst:.1e} |")
+    return [
+        *lines,
+        "",
+        f"Differences are between {found['runtime']}, in a process of its own, and the model in "
+        f"PyTorch (float32, CPU, {found['cases']} sets of sizes), relative to the largest value where "
+        "that is above 1. Sizes, preprocessing and what each graph means: graphs.json.",
+        "",
+    ]
+
+
+def _sparsity(facts: Facts, left: int) -> list[str]:
+    if facts.dense_prunable:
+        share = 1 - left / facts.dense_prunable
+        lines = [
+            f"Sparsity {100 * share:.2f} %: {left:,} of {facts.dense_prunable:,} "
+            "prunable parameters (attention heads and FFN units) are left, counted from this "
+            "file.",
+            "",
+        ]
+    else:
+        lines = []
+    rows = {**facts.sparsity.get("modalities", {}), "all": facts.sparsity.get("prunable", {})}
+    rows = {name: row for name, row in rows.items() if {"kept", "total", "sparsity"} <= row.keys()}
+    if rows:
+        lines += ["| pruned part | kept | of | sparsity |", "|---|---|---|---|"]
+        lines += [
+            f"| {name} | {row['kept']:,} | {row['total']:,} | {100 * row['sparsity']:.2f} % |"
+            for name, row in rows.items()
+        ]
+        lines.append("")
+    return lines
+
+
+def _metrics(evaluation: Mapping[str, Any]) -> list[str]:
+    numbers = {
+        name: value
+        for name, value in evaluation.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    if not numbers:
+        return ["## Measured", "", "Not measured.", ""]
+    about = " ".join(str(evaluation[key]) for key in ("task", "split") if key in evaluation)
+    lines = [f"## Measured{f': {about}' if about else ''}", "", "| metric | value |", "|---|---|"]
+    lines += [f"| {name} | {value:.4f} |" for name, value in numbers.items()]
+    lines.append("")
+    if any("blind" in name for name in numbers):
+        lines += ["`blind` is what is reached on the same samples without their pictures.", ""]
+    return lines
+
+
+def _speed(bench: Mapping[str, Any], name: str) -> list[str]:
+    """Latency of this model and, where it was measured beside others, how much faster it is."""
+    if not bench:
+        return ["## Speed", "", "Not measured.", ""]
+    found = bench["models"]
+    first = next(iter(found))
+    lines = [
+        f"## Speed: {bench['device']}, {bench['threads']} threads, {bench['repeats']} repeats",
+        "",
+        "| batch | median ms | quartiles | times as fast as " + first + " |",
+        "|---|---|---|---|",
+    ]
+    for batch, row in found[name]["latency"].items():
+        ratio = "" if name == first else f"{_ratio(bench, name, batch):.2f}"
+        lines.append(
+            f"| {batch} | {row['median']:.2f} | {row['q1']:.2f} to {row['q3']:.2f} | {ratio} |"
+        )
+    return [*lines, "", "Models took turns in one process.", ""]
+
+
+def _ratio(bench: Mapping[str, Any], name: str, batch: str) -> float:
+    """The measured speed-up over the first model, as the bench has it or from its medians."""
+    told = bench.get("speedup", {}).get(name, {}).get(batch)
+    if told:
+        return told["whole"]["median"]
+    rows = [model["latency"][batch]["median"] for model in bench["models"].values()]
+    return rows[0] / bench["models"][name]["latency"][batch]["median"]

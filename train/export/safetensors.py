@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from train.export.card import Facts
 
-__all__ = ["DTYPES", "export_safetensors"]
+__all__ = ["DTYPES", "copy_companions", "export_safetensors"]
 
 DTYPES = ("fp32", "fp16", "bf16")
 # Everything a transformers tokenizer may leave; other files of the source folder are not for
@@ -55,14 +55,19 @@ def export_safetensors(
     kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     _check_range(model, kinds[dtype], source)
     model.save_pretrained(out, dtype=kinds[dtype])
-    for folder in (tokenizer, source):  # the model's own files win
-        for name in _PASSED_ON:
-            if folder is not None and (folder / name).is_file():
-                shutil.copyfile(folder / name, out / name)
+    copy_companions(out, tokenizer, source)
     size = (out / "model.safetensors").stat().st_size
     text = card(model, facts or Facts.of_run(source), dtype, size)
     (out / "README.md").write_text(text, encoding="utf-8")
     return {"parameters": sum(p.numel() for p in model.parameters()), "bytes": size, "dtype": dtype}
+
+
+def copy_companions(out: Path, *folders: Path | None) -> None:
+    """Copies tokenizer files and answer list to `out`; those of later folders win."""
+    for folder in folders:
+        for name in _PASSED_ON:
+            if folder is not None and (folder / name).is_file():
+                shutil.copyfile(folder / name, out / name)
 
 
 def _check_range(model: Any, dtype: Any, source: Path) -> None:

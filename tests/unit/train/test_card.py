@@ -33,7 +33,8 @@ def test_card_tells_parameters_sparsity_shape_metrics_and_recipe(tmp_path: Path)
 
 def test_card_of_a_model_without_a_run_has_no_empty_chapters(tmp_path: Path) -> None:
     text = card(presets.create("blocksworld-micro-student"), Facts.of_run(tmp_path), "fp32", 1)
-    assert "## Recipe" not in text and "## Measured" not in text and "Sparsity" not in text
+    assert "## Recipe" not in text and "Sparsity" not in text
+    assert text.count("Not measured.") == 2 and "| metric |" not in text
 
 
 def test_export_refuses_an_unknown_type_and_an_infinite_cast(tmp_path: Path) -> None:
