@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-__all__ = ["bleu", "caption_scores", "cider", "java_scores", "words"]
+__all__ = ["bleu", "caption_scores", "cider", "java_scores", "need_java", "words"]
 
 Words = Sequence[str]
 _ORDER = 4
@@ -140,26 +142,55 @@ def caption_scores(
     return {"bleu4": bleu(said, known), "cider": cider(said, known)}
 
 
-def java_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """ "meteor", "spice", "bleu4" and "cider" by pycocoevalcap itself, tokenizer included.
+def need_java(spice: bool = False) -> None:
+    """Raises ValueError, saying what to install, unless METEOR (and SPICE) can run here.
 
-    SPICE downloads its models at its first use.
-
-    Raises:
-        ValueError: pycocoevalcap or Java is missing; the message says what to install.
+    METEOR and the tokenizer come with pycocoevalcap. SPICE needs Stanford CoreNLP, which
+    pycocoevalcap would download from a web server, unverified, in the middle of an evaluation: that
+    is left to the user.
     """
     if shutil.which("java") is None:
         raise ValueError("METEOR and SPICE are Java programs: install a Java runtime (java)")
+    _coco("tokenizer.ptbtokenizer", "PTBTokenizer")
+    if not spice:
+        return
+    found = import_module("pycocoevalcap.spice.get_stanford_models")
+    folder = Path(found.SPICEDIR, found.SPICELIB)
+    missing = [
+        name for name in (f"{found.JAR}.jar", f"{found.JAR}-models.jar")
+        if not (folder / name).is_file()
+    ]  # fmt: skip
+    if missing:
+        raise ValueError(
+            f"SPICE needs {' and '.join(missing)} of Stanford CoreNLP in {folder}: get them with "
+            f"python {found.__file__}, or leave --spice out"
+        )
+
+
+def java_scores(
+    captions: Sequence[str], references: Sequence[Sequence[str]], spice: bool = False
+) -> dict[str, float]:
+    """ "meteor", "bleu4", "cider" and, if wanted, "spice" by pycocoevalcap, its tokenizer included.
+
+    Raises:
+        ValueError: something is missing (see `need_java`), or SPICE fails.
+    """
+    need_java(spice)
     tokenizer = _coco("tokenizer.ptbtokenizer", "PTBTokenizer")()
     known = tokenizer.tokenize(
         {n: [{"caption": text} for text in texts] for n, texts in enumerate(references)}
     )
     said = tokenizer.tokenize({n: [{"caption": text}] for n, text in enumerate(captions)})
     scores = {}
-    for name in ("Meteor", "Spice", "Cider"):
+    for name in ("Meteor", "Cider", *(("Spice",) if spice else ())):
         scorer = _coco(f"{name.lower()}.{name.lower()}", name)()
-        scores[name.lower()] = float(scorer.compute_score(known, said)[0])
-    bleus = _coco("bleu.bleu", "Bleu")(_ORDER).compute_score(known, said)[0]
+        try:
+            scores[name.lower()] = float(scorer.compute_score(known, said)[0])
+        except (subprocess.CalledProcessError, BrokenPipeError) as error:
+            raise ValueError(
+                f"{name.upper()} did not run ({error}); is this Java too new?"
+            ) from None
+    bleus = _coco("bleu.bleu", "Bleu")(_ORDER).compute_score(known, said, verbose=0)[0]
     return scores | {"bleu4": float(bleus[-1])}
 
 

@@ -54,7 +54,12 @@ def _captions(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--beams", type=int, default=3, help="of the search; 1 is greedy")
     group.add_argument("--max-length", type=int, default=20, help="tokens, with [CLS] and prompt")
     group.add_argument(
-        "--java", action="store_true", help="METEOR and SPICE too, by pycocoevalcap and Java"
+        "--java", action="store_true", help="METEOR too, all scores by pycocoevalcap and Java"
+    )
+    group.add_argument(
+        "--spice",
+        action="store_true",
+        help="SPICE too; needs Stanford CoreNLP beside pycocoevalcap",
     )
 
 
@@ -158,7 +163,7 @@ def _eval_downstream(args: argparse.Namespace) -> int:
     result = evaluate_task(
         args.model, args.task, args.data, args.split,
         batch=args.batch, max_tokens=args.max_tokens, limit=args.limit, top_k=args.top_k,
-        prompt=args.prompt, beams=args.beams, max_length=args.max_length, java=args.java,
+        prompt=args.prompt, beams=args.beams, max_length=args.max_length, java=args.java, spice=args.spice,
         device=args.device,
     )  # fmt: skip
     _write(args.json, {"model": str(args.model), "task": args.task, "split": args.split} | result)

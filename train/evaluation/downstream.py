@@ -9,7 +9,7 @@ from data_pipeline.loader import build_loader
 from models import from_pretrained
 from train.config import KdConfig
 from train.evaluation.accuracy import find_split, require_form, tokenizer_of
-from train.evaluation.caption_metrics import java_scores
+from train.evaluation.caption_metrics import java_scores, need_java
 from train.evaluation.captioning import CaptionWriter, write_split
 from train.evaluation.runner import evaluate
 from train.tasks.captioning import CaptionTask
@@ -26,14 +26,15 @@ _COUNTS = ("images", "texts", "captions")  # numbers of a result that are no sha
 
 
 class _JavaScores:
-    """Captioning with all four scores of pycocoevalcap."""
+    """Captioning scored by pycocoevalcap. Raises ValueError at once where it could not be."""
 
-    def __init__(self, writer: CaptionWriter) -> None:
-        self.writer = writer
+    def __init__(self, writer: CaptionWriter, spice: bool) -> None:
+        need_java(spice)
+        self.writer, self.spice = writer, spice
 
     def evaluate_split(self, model: XVLM, batches: Any, dist: Any = None) -> dict[str, float]:
         found = write_split(model, self.writer, batches, dist)
-        scores = java_scores([c.text for c in found], [c.references for c in found])
+        scores = java_scores([c.text for c in found], [c.references for c in found], self.spice)
         return scores | {"captions": float(len(found))}
 
 
@@ -51,13 +52,14 @@ def evaluate_task(
     beams: int = 3,
     max_length: int = 20,
     java: bool = False,
+    spice: bool = False,
     device: str = "cpu",
 ) -> dict[str, float]:
     """Metrics of a model folder on one split of DATA/TASK.
 
     nlvr2: "accuracy".   grounding: "accuracy" (IoU of at least 0.5) and "iou".
     retrieval: see `evaluate_retrieval`; `top_k` candidates are ranked again.
-    captioning: see `evaluate_captions`; with `java` also "meteor" and "spice".
+    captioning: see `evaluate_captions`; with `java` also "meteor", with `spice` both.
 
     Raises:
         FileNotFoundError: no such split, model or tokenizer.
@@ -75,7 +77,9 @@ def evaluate_task(
         "nlvr2": Nlvr2Task(*plain),
         "grounding": GroundingTask(*plain),
         "retrieval": RetrievalTask(*plain, k_test=top_k),
-        "captioning": _JavaScores(writer) if java else CaptionTask(*plain, writer=writer),
+        "captioning": _JavaScores(writer, spice)
+        if java or spice
+        else CaptionTask(*plain, writer=writer),
     }
     vision = model.config.vision
     loader = build_loader(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 from importlib import import_module
 
 import pytest
@@ -130,3 +131,29 @@ def test_java_scores_say_what_is_missing(monkeypatch):
     monkeypatch.setattr(caption_metrics, "import_module", missing)
     with pytest.raises(ValueError, match=r"pip install 'espalier\[captions\]'"):
         java_scores(["a"], [["a"]])
+
+
+@pytest.mark.slow
+def test_meteor_and_the_official_tokenizer(tmp_path):
+    pytest.importorskip("pycocoevalcap", reason="extra 'captions' is not installed")
+    if shutil.which("java") is None:
+        pytest.skip("no Java runtime")
+    said = ["A red cat sits on the mat.", "two dogs", "isn't it a well-known man's T-shirt?"]
+    known = [
+        ["a red cat sits on the mat", "The cat, red, is on a mat"],
+        ["a dog is running in the field"],
+        ["it isn't the man's well-known T-shirt", "a shirt; a man"],
+    ]
+    found = java_scores(said, known)
+    assert set(found) == {"meteor", "bleu4", "cider"} and 0.2 < found["meteor"] < 0.9
+    own = caption_scores(said, known)
+    assert own == pytest.approx({name: found[name] for name in own}, rel=1e-6)
+
+
+def test_spice_is_refused_before_it_would_download(monkeypatch, tmp_path):
+    pytest.importorskip("pycocoevalcap", reason="extra 'captions' is not installed")
+    monkeypatch.setattr(caption_metrics.shutil, "which", lambda name: "/usr/bin/java")
+    models = import_module("pycocoevalcap.spice.get_stanford_models")
+    monkeypatch.setattr(models, "SPICEDIR", str(tmp_path))
+    with pytest.raises(ValueError, match=r"Stanford CoreNLP .*leave --spice out"):
+        java_scores(["a"], [["a"]], spice=True)
