@@ -49,7 +49,9 @@ def fork_ranks(
         if any(codes):
             told = [(folder / f"out_{rank}").read_text()[-6000:] for rank in range(world_size)]
             raise RanksFailed(f"{function.__name__}: ranks ended with {codes}\n" + "\n".join(told))
-        return [pickle.loads((folder / f"result_{rank}").read_bytes()) for rank in range(world_size)]
+        return [
+            pickle.loads((folder / f"result_{rank}").read_bytes()) for rank in range(world_size)
+        ]
 
 
 def _child(
