@@ -19,7 +19,13 @@ import torch
 from data_pipeline.collate import Assembler, Item
 from data_pipeline.decode import Picture
 from data_pipeline.faults import SkipSample
-from data_pipeline.records import CaptionRecord, Expression, GroundingRecord, Nlvr2Record
+from data_pipeline.records import (
+    CaptionRecord,
+    Expression,
+    GroundingRecord,
+    Nlvr2Record,
+    PretrainRecord,
+)
 from data_pipeline.regions import check_box, choose_crop, choose_rows, clip_box, crop_frame
 from data_pipeline.task_batches import CaptionBatch, GroundingBatch, Nlvr2Batch, RetrievalBatch
 from data_pipeline.text import clean_text
@@ -92,6 +98,15 @@ class TaskAssembler(Assembler):
         return {"text_ids": torch.from_numpy(ids), "text_mask": torch.from_numpy(mask)}, strings
 
 
+def _captioned(sample: dict[str, Any]) -> CaptionRecord | PretrainRecord:
+    """The record; SkipSample where it is about regions only."""
+    record = sample["record"]
+    assert isinstance(record, CaptionRecord | PretrainRecord)
+    if not record.captions:
+        raise SkipSample("missing", "the sample has no caption (field 'captions')")
+    return record
+
+
 def group_number(image_id: str) -> int:
     """A number in 0..2^63 - 1 for an image's id, the same in every process."""
     digest = hashlib.blake2b(image_id.encode(), digest_size=8).digest()
@@ -103,8 +118,7 @@ class RetrievalAssembler(TaskAssembler):
     """Images with captions, and which captions belong together."""
 
     def _draw(self, sample: dict[str, Any], rng: random.Random) -> TaskItem:
-        record = sample["record"]
-        assert isinstance(record, CaptionRecord)
+        record = _captioned(sample)
         texts = self._chosen(record.captions, sample, rng)
         image = self.augmentation(sample["image"], rng)
         return self._item(sample, image, texts=texts, image_id=record.image_id)
@@ -151,8 +165,7 @@ class CaptionAssembler(TaskAssembler):
         return len(self.text.encode([self.prompt])[0]) - 1
 
     def _draw(self, sample: dict[str, Any], rng: random.Random) -> TaskItem:
-        record = sample["record"]
-        assert isinstance(record, CaptionRecord)
+        record = _captioned(sample)
         chosen = self._chosen(record.captions, sample, rng)
         chosen = chosen if self.train else chosen[:1]
         texts = tuple(clean_text(text, self.text.max_words) for text in chosen)

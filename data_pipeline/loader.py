@@ -47,6 +47,7 @@ _SCHEMAS = {
     "pretrain": "pretrain",
     "region": "pretrain",
     "vqa": "vqa",
+    "nlvr2_pretrain": "pretrain",
     "nlvr2": "nlvr2",
     "retrieval": "retrieval",
     "captioning": "captioning",
@@ -56,12 +57,14 @@ _ACCEPTED = {
     "pretrain": ("pretrain", "captioning", "retrieval"),
     "region": ("pretrain",),
     "vqa": ("vqa",),
+    "nlvr2_pretrain": ("pretrain", "captioning", "retrieval"),
     "nlvr2": ("nlvr2",),
     "retrieval": ("retrieval", "captioning"),
-    "captioning": ("captioning", "retrieval"),
+    "captioning": ("captioning", "retrieval", "pretrain"),
     "grounding": ("grounding",),
 }
 _SIMPLE = {
+    "nlvr2_pretrain": RetrievalAssembler,
     "nlvr2": Nlvr2Assembler,
     "retrieval": RetrievalAssembler,
     "grounding": GroundingAssembler,
@@ -162,6 +165,13 @@ class Loader:
             return self._assembler
         return dataclasses.replace(self._assembler, units=self._batch // self.position.unit[0])
 
+    def _schema(self) -> str:
+        """Which record the samples are read as: any folder of captions can be read as pre-training
+        data, where captions may be missing, but not the other way round.
+        """
+        held = {manifest.task for manifest in self.manifests}
+        return "pretrain" if "pretrain" in held else _SCHEMAS[self._task]
+
     def _deliveries(self) -> Iterator[Delivery]:
         manifests = self.position.by_entry(self.manifests)
         source = PlannedSource(
@@ -174,7 +184,7 @@ class Loader:
             steps=None if self._train else self.steps_per_epoch,
         )
         pipeline = build_pipeline(
-            source, self._local_assembler(), _SCHEMAS[self._task], self._ledger.policy
+            source, self._local_assembler(), self._schema(), self._ledger.policy
         )
         return iter(
             DataLoader(
@@ -308,8 +318,8 @@ def build_loader(
     """The loader of one rank.
 
     Args:
-        task: "pretrain", "region" (batches of data.region), "vqa", "nlvr2", "retrieval",
-            "captioning" or "grounding".
+        task: "pretrain", "region" (batches of data.region), "vqa", "nlvr2_pretrain" (images with
+            captions, as for retrieval), "nlvr2", "retrieval", "captioning" or "grounding".
         data: a folder or URL with manifest.json, or several with weights (training only).
         tokenizer: from `data_pipeline.text.load_tokenizer`.
         batch: images per rank and micro-batch, for nlvr2 pairs of them (region batches take

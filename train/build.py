@@ -37,6 +37,7 @@ from train.runtime.gate_optimizer import GateOptimizer
 from train.runtime.step import EngineModule
 from train.runtime.teacher import Teacher
 from train.student import FirstWeights, build_student
+from train.tasks.assignment import AssignmentTask
 from train.tasks.base import Task
 from train.tasks.captioning import CaptionTask
 from train.tasks.grounding import GroundingTask
@@ -126,6 +127,8 @@ def build_task(
         return VqaTask(*common, answers, config.eval.top_k)
     if config.task == "nlvr2":
         return Nlvr2Task(*common)
+    if config.task == "nlvr2_pretrain":
+        return AssignmentTask(*common, config.negatives == "global")
     if config.task == "retrieval":
         return RetrievalTask(*common, *pairs, config.eval.top_k)
     if config.task == "captioning":
@@ -225,6 +228,8 @@ def build(config: RunConfig, dist: Distributed) -> Run:
     if answers is not None:
         answers = answers.to(dist.device)
     task = build_task(config, student, teacher_model, answers, tokenizer)
+    for part in task.frozen_parts():
+        getattr(student, part).requires_grad_(False)
     _check_validation(config, task, dist)
     gates = _gates(config, student, dist)
     engine = build_engine(

@@ -32,7 +32,9 @@ __all__ = [
 ]
 
 Stage = Literal["pretrain", "distill", "finetune", "prune"]
-TaskName = Literal["pretrain", "vqa", "nlvr2", "retrieval", "captioning", "grounding"]
+TaskName = Literal[
+    "pretrain", "vqa", "nlvr2_pretrain", "nlvr2", "retrieval", "captioning", "grounding"
+]
 Compile = Literal["none", "default", "reduce-overhead", "max-autotune"]
 _STRICT = ConfigDict(extra="forbid")
 
@@ -309,6 +311,7 @@ class EngineConfig:
     offload: Literal["none", "optimizer", "parameters"] = "none"
     activation_checkpointing: bool = False
     compile: Compile = "none"
+    collective_timeout: float = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -369,6 +372,8 @@ class RunConfig:
         out: run directory.
         model: preset name, model folder, or inline ModelConfig values of the student (the model
             being trained).
+        image_size: pixels; None: the model folder's, or the preset's for the task (domain stages
+            of full-size models run at 224, fine-tuning at more).
         loss: weight of each task loss by name; a name left out has weight 1.
         negatives: ITM hard negatives come from the global batch, or from this rank's rows as
             published.
@@ -382,6 +387,7 @@ class RunConfig:
     out: str
     data: DataConfig
     model: str | dict[str, Any]
+    image_size: int | None = None
     seed: int = 0
     initialise: InitialiseConfig = InitialiseConfig()
     teacher: TeacherConfig = TeacherConfig()

@@ -86,13 +86,20 @@ def is_model_folder(model: str | dict[str, Any]) -> bool:
 
 
 def model_config(config: RunConfig, vocab_size: int | None) -> ModelConfig:
-    """The student's configuration: a preset, a folder's config.json, or inline values."""
-    form = config.task
+    """The student's configuration: a preset, a folder's config.json, or inline values.
+
+    Raises:
+        ValueError: image_size beside inline values, or one that the patches do not divide.
+    """
+    form, size = config.task, config.image_size
     if is_model_folder(config.model):
-        return ModelConfig.load(Path(str(config.model)) / "config.json").as_form(form)
+        known = ModelConfig.load(Path(str(config.model)) / "config.json")
+        return known.as_form(form, image_size=size)
     if isinstance(config.model, dict):
+        if size is not None:
+            raise ValueError("image_size: an inline model has its own, model.vision.image_size")
         return ModelConfig.from_dict(config.model, where="model")
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = {} if size is None else {"vision": {"image_size": size}}
     if vocab_size is not None and config.model.startswith("blocksworld"):
         overrides["text"] = {"vocab_size": vocab_size}
     return presets.config(config.model, form=form, **overrides)

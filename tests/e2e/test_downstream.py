@@ -27,9 +27,10 @@ METRICS = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data of all four tasks, and a tiny pre-trained model for teacher and student."""
+    """Data of all tasks, and a tiny pre-trained model for teacher and student."""
     root = tmp_path_factory.mktemp("world")
-    build_blocksworld(root / "data", 24, val=6, test=6, image_size=48, tasks=tuple(METRICS))
+    tasks = ("pretrain", *METRICS)
+    build_blocksworld(root / "data", 24, val=6, test=6, image_size=48, tasks=tasks)
     tokenizer = load_tokenizer(root / "data" / "tokenizer")
     for role in ("teacher", "student"):
         torch.manual_seed(0)
@@ -92,3 +93,31 @@ def test_teacher_student_and_pruned_model_of_a_task(world, tmp_path, task):
     scores = json.loads(out.read_text())
     assert METRICS[task] <= scores.keys() and scores["task"] == task
     assert all(0 <= scores[name] <= 1 for name in METRICS[task] - {"cider"})
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics"), [("nlvr2", {"accuracy"}), ("captioning", {"bleu4", "cider"})]
+)
+def test_a_domain_stage_and_the_fine_tuning_that_starts_from_it(world, tmp_path, task, metrics):
+    domain, tuned = tmp_path / "domain", tmp_path / "tuned"
+    start = f"model={world / 'teacher'}"
+    stage(world, "finetune", f"blocksworld-{task}-pretrain", "pretrain", domain, start)
+    numbers = recorded(domain)
+    assert all(math.isfinite(value) for value in numbers.values())
+    assert {f"validation.{name}" for name in metrics} <= numbers.keys()
+    before, after = from_pretrained(world / "teacher"), from_pretrained(domain / "model")
+    assert after.config.form == {"nlvr2": "nlvr2_pretrain"}.get(task, task)
+    if task == "nlvr2":  # it finds hard negatives, and nothing trains it
+        for name, value in before.image_projection.state_dict().items():
+            assert torch.equal(after.image_projection.state_dict()[name], value)
+    moved = before.vision.state_dict()["blocks.0.ffn.fc1.weight"]
+    assert not torch.equal(after.vision.state_dict()["blocks.0.ffn.fc1.weight"], moved)
+
+    recipe = f"blocksworld-{task}-teacher"
+    stage(world, "finetune", recipe, task, tuned, f"model={domain / 'model'}")
+    assert from_pretrained(tuned / "model").config.form == task
+    origin = json.loads((tuned / "origin.json").read_text())
+    assert origin["source"] == str(domain / "model")
+    assert {name.split(".")[0] for name in origin["fresh"]} == (
+        {"cls_head"} if task == "nlvr2" else set()
+    )

@@ -34,6 +34,7 @@ __all__ = [
     "matching_loss",
     "mlm_loss",
     "negative_weights",
+    "pick_columns",
     "same_pairs",
     "similarities",
 ]
@@ -147,6 +148,15 @@ def negative_weights(similarity: Tensor, own_index: Tensor, same: Tensor | None 
     return weights if same is None else weights.masked_fill(same, 0.0)
 
 
+def pick_columns(weights: Tensor, uniform: Tensor) -> Tensor:
+    """(B,) column of each row of `weights` (B, G), in proportion to it; `uniform` (B,) in [0, 1)."""
+    edges = weights.cumsum(dim=1)
+    point = uniform.to(edges)[:, None] * edges[:, -1:]
+    # right=True: the first edge ABOVE the point, so a column of weight zero is never chosen.
+    column = torch.searchsorted(edges, point, right=True).squeeze(1)
+    return column.clamp(max=weights.shape[1] - 1)
+
+
 def _draw(similarity: Tensor, uniform: Tensor, own_index: Tensor, same: Tensor | None) -> Tensor:
     """(B,) column for each row, in proportion to its weight, from the cumulative sum."""
     weights = negative_weights(similarity, own_index, same)
@@ -154,11 +164,7 @@ def _draw(similarity: Tensor, uniform: Tensor, own_index: Tensor, same: Tensor |
         # A row whose every partner is an equal pair still needs a negative: any row but its own.
         others = torch.ones_like(weights).scatter(1, own_index[:, None], 0.0)
         weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, others)
-    edges = weights.cumsum(dim=1)
-    point = uniform.to(edges)[:, None] * edges[:, -1:]
-    # right=True: the first edge ABOVE the point, so a column of weight zero is never chosen.
-    column = torch.searchsorted(edges, point, right=True).squeeze(1)
-    return column.clamp(max=similarity.shape[1] - 1)
+    return pick_columns(weights, uniform)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ _LOG = logging.getLogger(__name__)
 _TERMS = {
     "pretrain": ("itc", "itm", "mlm", "box_l1", "box_giou"),
     "vqa": ("answer",),
+    "nlvr2_pretrain": ("assignment",),
     "nlvr2": ("truth",),
     "retrieval": ("itc", "itm"),
     "captioning": ("caption",),
@@ -34,6 +35,8 @@ def check_stage(config: RunConfig) -> None:
         )
     if config.stage in ("finetune", "prune") and config.task == "pretrain":
         raise ValueError(f"task: stage {config.stage} needs a downstream task such as vqa")
+    if config.stage == "prune" and config.task == "nlvr2_pretrain":
+        raise ValueError("task: nlvr2_pretrain comes before fine-tuning; prune task nlvr2")
     for name in config.loss:
         if name not in _TERMS[config.task]:
             near = difflib.get_close_matches(name, _TERMS[config.task], n=1)

@@ -47,7 +47,7 @@ def downstream_batch(config: RunConfig, student: ModelConfig) -> Batch:
         label = torch.zeros(rows, dtype=torch.int64)
         second = whole["image_index"] + 1
         return Nlvr2Batch(**whole, **text, second_index=second, label=label, sentences=strings)
-    if config.task == "retrieval":
+    if config.task in ("retrieval", "nlvr2_pretrain"):
         groups = whole["image_index"]
         return RetrievalBatch(**whole, **text, groups=groups, captions=strings, image_ids=names)
     if config.task == "captioning":

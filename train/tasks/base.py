@@ -90,6 +90,10 @@ class Task(ABC):
         """
         return {}
 
+    def frozen_parts(self) -> tuple[str, ...]:
+        """Names of the student's modules that this objective reads and does not train."""
+        return ()
+
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """What the means of this task's terms are over, where ranks or micro-batches may differ in
         it: name -> 0-d tensor. The same names for every batch of a kind.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -147,17 +147,30 @@ class MultimodalTask(Distils):
     def losses(
         self, student: XVLM, teacher: Teacher | None, batch: Any, context: StepContext
     ) -> Losses:
-        kd, share = self.kd, self.shares(batch, context)
         if teacher is not None:
             teacher.inputs_ready()  # it reads the batch alone
         done = self.run(student, batch, "student")
+        return self.compared(
+            done, batch, context, teacher, lambda model: self.run(model, batch, "teacher")
+        )
+
+    def compared(
+        self,
+        done: Passes,
+        batch: Any,
+        context: StepContext,
+        teacher: Teacher | None,
+        imitated: Callable[[XVLM], Passes],
+    ) -> Losses:
+        """The losses of what the student computed; `imitated` runs the teacher's model."""
+        kd, share = self.kd, self.shares(batch, context)
         terms = self.task_terms(done.output, batch, share)
         task = 1.0 if teacher is None else kd.task_weight
         weights = {name: task * self.weights.get(name, 1.0) for name in terms}
         if teacher is not None:
             assert self.plan is not None
             with teacher.running() as model:
-                target = self.run(model, batch, "teacher")
+                target = imitated(model)
             extra = self.output_terms(done.output, target.output, batch, share)
             terms |= extra
             weights |= dict.fromkeys(extra, kd.kd_weight * kd.logits)

@@ -31,6 +31,7 @@ from data_pipeline.text import TextEncoder, clean_text, load_tokenizer
 from data_pipeline.transforms import Augmentation
 
 SIZE, TOKENS = 48, 24
+PRETRAIN: dict[str, Any] = {"held": "pretrain", "max_tokens": 40}
 TASKS = ("nlvr2", "retrieval", "captioning", "grounding")
 
 
@@ -47,7 +48,7 @@ def words(folder: Path):
 
 
 def loader(folder: Path, words, task: str, train: bool, **options: Any) -> Any:
-    where = folder / task / ("train" if train else "val")
+    where = folder / options.pop("held", task) / ("train" if train else "val")
     settings: dict[str, Any] = {
         "batch": 4,
         "image_size": SIZE,
@@ -355,3 +356,38 @@ def test_drawing_depends_on_the_position_only(words):
     random.seed(2)
     two = grounding(words).draw(marked((5, 5, 9, 9), ["a", "b", "c"]))
     assert one.texts == two.texts and np.array_equal(one.image, two.image)
+
+
+def test_captions_of_pretraining_data_serve_domain_stages(tmp_path, words):
+    build_blocksworld(tmp_path / "data", 6, val=5, test=1, image_size=SIZE, tasks=("pretrain",))
+    known = [content for _, content in samples(tmp_path / "data", "pretrain")]
+    pairs = [
+        (batch.image_ids[int(batch.image_index[row])], batch.captions[row])
+        for batch in loader(tmp_path / "data", words, "nlvr2_pretrain", False, **PRETRAIN)
+        for row in range(batch.rows)
+        if batch.valid[row]
+    ]
+    assert pairs == [(c["image_id"], text) for c in known for text in c["captions"]]
+    written = [
+        (batch.image_ids[row], batch.references[row])
+        for batch in loader(tmp_path / "data", words, "captioning", False, **PRETRAIN)
+        for row in range(batch.rows)
+        if batch.valid[row]
+    ]
+    assert written == [(c["image_id"], tuple(c["captions"])) for c in known]
+
+
+@pytest.mark.parametrize("task", ["nlvr2_pretrain", "captioning"])
+def test_pictures_without_a_caption_are_skipped_by_domain_stages(words, task):
+    text = TextEncoder(words, TOKENS, clean=task != "captioning")
+    make = CaptionAssembler if task == "captioning" else RetrievalAssembler
+    assembler = make(text, Augmentation("none", SIZE), 0, True)
+    element = {"caption": "red", "bb": [0, 0, 4, 4]}
+    content = {"image_id": "a", "elems": [element], "width": SIZE, "height": SIZE}
+    record = parse_record("pretrain", json.dumps(content).encode(), "s", "a")
+    sample = {
+        "__key__": "a", "__position__": 0, "__attempt__": 0, "__valid__": True, "record": record,
+        "image": np.zeros((SIZE, SIZE, 3), np.uint8),
+    }  # fmt: skip
+    with pytest.raises(SkipSample, match="no caption"):
+        assembler.draw(sample)

@@ -49,7 +49,9 @@ def test_pretraining_costs_what_torch_counts(region: bool) -> None:
     assert found == pytest.approx(3 * counted(config, region), rel=2e-3)
 
 
-@pytest.mark.parametrize("task", ["vqa", "nlvr2", "retrieval", "captioning", "grounding"])
+@pytest.mark.parametrize(
+    "task", ["vqa", "nlvr2_pretrain", "nlvr2", "retrieval", "captioning", "grounding"]
+)
 def test_a_downstream_step_costs_what_torch_counts(task: str) -> None:
     rows = 2 if task in ("vqa", "grounding") else 1
     config = small("blocksworld-prune", f"task={task}", f"data.rows_per_image={rows}")

@@ -30,7 +30,8 @@ def neighbour(name: str) -> Any:
 
 
 general, downstream = neighbour("test_tasks"), neighbour("test_downstream_tasks")
-TASKS = ("pretrain", "vqa", "nlvr2", "retrieval", "captioning", "grounding")
+assigned = neighbour("test_assignment")
+TASKS = ("pretrain", "vqa", "nlvr2_pretrain", "nlvr2", "retrieval", "captioning", "grounding")
 
 
 class Side:
@@ -53,6 +54,10 @@ def step(task: str, side: list[str] | None, log: list[str], monkeypatch: Any) ->
         student, theirs = downstream.model(task), downstream.model(task, "teacher", 1)
         made = downstream.TASKS[task]({}, KdConfig(), student.config, theirs.config)
         batch = downstream.batch(task, student.config)
+    elif task == "nlvr2_pretrain":
+        student, theirs = assigned.model(task), assigned.model(task, "teacher", 1)
+        made = assigned.AssignmentTask({}, KdConfig(), student.config, theirs.config)
+        batch = assigned.batch()
     else:
         kind, make = {"pretrain": PretrainTask, "vqa": VqaTask}[task], general.model
         student = make("blocksworld-micro-student", task)
@@ -88,6 +93,8 @@ def test_the_teacher_may_begin_before_the_students_last_pass(task, monkeypatch):
     assert beside, "the student does nothing while the teacher runs"
     if task in ("pretrain", "retrieval"):  # the drawn negatives come from the student's features
         assert {"encode_image", "encode_text"} <= set(log[:ready])
+    elif task == "nlvr2_pretrain":
+        assert log[:ready] == ["encode_image"]
     else:
         assert ready == 0
     alone = step(task, None, [], monkeypatch)

@@ -15,7 +15,7 @@ from train.stages import run
 from train.stages.check import check_stage
 from train.stages.memory import StepMemory
 
-DOWNSTREAM = ("nlvr2", "retrieval", "captioning", "grounding")
+DOWNSTREAM = ("nlvr2_pretrain", "nlvr2", "retrieval", "captioning", "grounding")
 RECIPES = sorted((Path(__file__).parents[3] / "train" / "recipes").glob("*.yaml"))
 
 
