@@ -26,7 +26,15 @@ __all__ = ["BACKENDS", "call", "configure", "parse", "pick", "setting"]
 
 BACKENDS = ("auto", "reference", "compiled", "cuda")
 ENVIRONMENT = "ESPALIER_KERNELS"
-OPS = ("ffn_act_mask", "hard_concrete", "fold_cast", "compact")
+OPS = (
+    "ffn_act_mask",
+    "hard_concrete",
+    "fold_cast",
+    "compact",
+    "attention_kd",
+    "head_mask",
+    "pack_tokens",
+)
 
 _log = logging.getLogger(__name__)
 _configured: dict[str, str] | None = None

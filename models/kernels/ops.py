@@ -58,15 +58,15 @@ def define(
 def differentiable(
     name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> None:
-    """Gives an op its gradient: backward(context, *gradients), setup_context(context, inputs,
-    output). The backward calls an op of its own, so that torch.compile sees through it."""
+    """Gives an op its gradient: backward(ctx, *gradients), setup_context(ctx, inputs, output), with
+    these names. The backward calls an op of its own, so that torch.compile sees through it."""
     register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
 
 def once_differentiable(name: str) -> None:
     """For backward ops: a second derivative is refused with a message instead of being wrong."""
 
-    def refuse(context: Any, *gradients: Any) -> Any:
+    def refuse(ctx: Any, *gradients: Any) -> Any:
         raise RuntimeError(
             f"{NAMESPACE}::{name} has no derivative; for second derivatives take the reference: "
             "ESPALIER_KERNELS=reference"

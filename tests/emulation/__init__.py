@@ -1,6 +1,6 @@
 """The library of models/kernels/csrc compiled by g++ for the CPU, kernels and launchers alike.
 
-    with library.using(emulated()):
+    with emulation():
         ...  # the CUDA implementations now take CPU tensors
 
 emulation.h says what is emulated, and what is not.
@@ -14,8 +14,9 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.kernels import build
+from models.kernels import build, library
 from models.kernels.library import Argument, Library
 
 HERE = Path(__file__).parent
@@ -99,6 +100,18 @@ def emulated() -> Emulated:
     return Emulated(output)
 
 
-def poison(tensor: Tensor) -> Tensor:
-    """The tensor filled with NaN: what a kernel fails to write shows."""
-    return tensor.fill_(torch.nan)
+@contextmanager
+def emulation(seed: int = 0) -> Iterator[Emulated]:
+    """CUDA implementations run on the CPU meanwhile; all that torch.empty gives them is NaN.
+
+    seed: the order in which threads and blocks run.
+    """
+    emulator = emulated()
+    emulator.seed(seed)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic: fills empty memory
+    try:
+        with library.using(emulator):
+            yield emulator
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -22,6 +22,7 @@
 #define ESP_DEVICE inline
 #define ESP_HOST_DEVICE inline
 #define ESP_KERNEL(threads) inline void
+#define ESP_KERNEL_RESIDENT(threads, blocks) inline void
 #define ESP_GRID_CONSTANT const
 #define ESP_SHARED(type, name, dims) \
   using name##_type = type dims;     \

@@ -6,6 +6,8 @@
 #include <math.h>
 #include <stdint.h>
 
+#include <type_traits>
+
 #ifdef __CUDACC__
 
 #include <cuda_bf16.h>
@@ -15,6 +17,8 @@
 #define ESP_DEVICE __device__ __forceinline__
 #define ESP_HOST_DEVICE __host__ __device__ __forceinline__
 #define ESP_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// With registers for at least `blocks` blocks on a multiprocessor.
+#define ESP_KERNEL_RESIDENT(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 // A struct passed by value that is indexed at run time, without a copy of it in local memory.
 #define ESP_GRID_CONSTANT const __grid_constant__
 #define ESP_SHARED(type, name, dims) __shared__ type name dims
