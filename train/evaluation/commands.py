@@ -15,7 +15,7 @@ __all__ = ["add_parsers", "run"]
 
 _EXAMPLES = {
     "eval": "espalier eval runs/demo/pruned --task vqa --data data/blocksworld --json accuracy.json",
-    "bench": "espalier bench TEACHER STUDENT PRUNED --batch 1,32 --repeats 40 --json latency.json",
+    "bench": "espalier bench TEACHER STUDENT PRUNED --batch 1,8,32,128 --json latency.json",
     "predict": (
         "espalier predict runs/demo/pruned --task vqa --image photo.png --text 'how many circles "
         "are there?'"
@@ -96,15 +96,25 @@ def add_parsers(subparsers: Any) -> None:
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers here")
     _shared(parser)
 
-    parser = new("bench", "Latency, throughput, memory, parameters and MACs; models take turns.")
+    parser = new(
+        "bench",
+        "Latency, throughput, memory, parameters and MACs of models of one form, whole and by part; "
+        "they take turns, and the first is what the others are compared with.",
+    )
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="model folders")
     parser.add_argument("--names", default=None, help="names with commas; default: the folders'")
-    parser.add_argument("--batch", type=_sizes, default=(1, 32), help="batch sizes with commas")
+    parser.add_argument(
+        "--batch", type=_sizes, default=(1, 8, 32, 128), help="batch sizes with commas"
+    )
     parser.add_argument(
         "--repeats", type=int, default=40, help="timed rounds, at least 30 to publish"
     )
     parser.add_argument("--warm-up", type=int, default=3, help="rounds before the timed ones")
-    parser.add_argument("--text-tokens", type=int, default=16, help="question length")
+    parser.add_argument("--text-tokens", type=int, default=16, help="length of a text")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32")
+    parser.add_argument("--no-parts", action="store_true", help="time the whole models only")
+    parser.add_argument("--beams", type=int, default=3, help="of captions")
+    parser.add_argument("--max-length", type=int, default=20, help="tokens of a caption")
     parser.add_argument(
         "--answers", type=int, default=128, help="length of the synthetic answer list"
     )
@@ -199,7 +209,8 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from train.evaluation.latency import bench
+    from train.evaluation.bench import bench, table
+    from train.evaluation.workload import Workload
 
     names = (
         args.names.split(",") if args.names else [folder.resolve().name for folder in args.models]
@@ -211,33 +222,20 @@ def _bench(args: argparse.Namespace) -> int:
         )
     if args.repeats < 2:
         raise ValueError(f"--repeats {args.repeats}: at least 2 are needed for quartiles")
+    work = Workload(args.text_tokens, args.answers, args.top_k, args.beams, args.max_length)
     result = bench(
         dict(zip(names, args.models, strict=True)),
         args.batch,
+        work,
         repeats=args.repeats,
         warm_up=args.warm_up,
-        text_tokens=args.text_tokens,
-        answers=args.answers,
-        top_k=args.top_k,
         threads=args.threads,
         device=args.device,
+        dtype=args.dtype,
+        parts=not args.no_parts,
     )
     _write(args.json, result)
-    print(
-        f"{result['device']}, {result['threads']} threads, {result['repeats']} interleaved repeats"
-    )
-    for name, model in result["models"].items():
-        counts = "  ".join(f"{part} {value:,}" for part, value in model["parameters"].items())
-        print(f"{name}\n  parameters  {counts}")
-        print(
-            "  MACs        "
-            + "  ".join(f"{part} {value:,}" for part, value in model["macs"].items())
-        )
-        for batch, row in model["latency"].items():
-            print(
-                f"  batch {batch:>4s}  {row['median']:9.2f} ms  (quartiles {row['q1']:.2f} to "
-                f"{row['q3']:.2f})  {row['rows_per_s']:9.1f} questions/s"
-            )
+    print(table(result))
     return 0
 
 

@@ -1,32 +1,30 @@
-"""How long one full forward of the task takes, fairly: the models take turns in one process."""
+"""How long calls take, fairly: they take turns in one process, and are compared round by round."""
 
 from __future__ import annotations
 
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from data_pipeline.batches import VqaBatch
-
-if TYPE_CHECKING:
-    from models.xvlm import XVLM
-    from train.evaluation.vqa import AnswerList
+from train.evaluation.vqa import AnswerList
+from train.evaluation.workload import Workload
 
 __all__ = [
-    "bench",
     "device_name",
     "interleave",
-    "measure",
+    "ratios",
     "summarise",
     "synthetic_answers",
     "synthetic_batch",
+    "threads_of",
+    "waiter",
 ]
 
 
@@ -77,14 +75,7 @@ def synthetic_answers(count: int, vocabulary: int) -> AnswerList:
     """`count` answers of one token each between two marks; time does not depend on which tokens
     they are.
     """
-    from train.evaluation.vqa import AnswerList
-
-    ids = torch.stack(
-        [torch.tensor([0, index % vocabulary, 1 % vocabulary]) for index in range(count)]
-    )
-    return AnswerList(
-        tuple(str(i) for i in range(count)), ids, torch.ones_like(ids, dtype=torch.bool)
-    )
+    return Workload(answers=count).answer_list(vocabulary)
 
 
 def synthetic_batch(
@@ -121,7 +112,8 @@ def synthetic_batch(
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads_of(count: int | None) -> Iterator[None]:
+    """CPU threads of torch inside; None changes nothing."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
@@ -131,118 +123,22 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure(
-    models: Sequence[tuple[str, XVLM]],
-    answers: AnswerList,
-    batch_sizes: Sequence[int] = (1, 32),
-    threads: int | None = None,
-    repeats: int = 30,
-    text_tokens: int = 16,
-    top_k: int = 128,
-    warm_up: int = 3,
-    device: torch.device | str = "cpu",
-    progress: bool = False,
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Latency of image and question in, answer out, in the models' own dtype (fp32 on the CPU).
+def waiter(device: torch.device) -> Callable[[], object]:
+    """What waits until the device has done everything asked of it."""
+    return torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
 
-    Returns:
-        name -> batch size as a string -> {"median", "q1", "q3" in ms, "repeats", "rows_per_s",
-        "seconds": [...]}.
-    Raises ValueError where two models have one name.
+
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
+    """How many times as fast: median and quartiles over rounds of slow / fast, pair by pair.
+
+    Both were taken one right after the other, so what slows the machine down for a while cancels.
+    Raises ValueError on fewer than two rounds, or unequal ones.
     """
-    from train.evaluation.vqa import rank_answers
-
-    names = [name for name, _ in models]
-    if len(set(names)) != len(names):
-        raise ValueError(f"two models have the same name among {', '.join(names)}; rename one")
-    device = torch.device(device)
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    placed, result = answers.to(device), {name: {} for name in names}
-
-    def call(model: XVLM, batch: VqaBatch) -> Callable[[], object]:
-        # .tolist() brings the answer out, so that a queue on an accelerator is not mistaken for an
-        # answer.
-        return lambda: rank_answers(model, batch, placed, top_k).tolist()
-
-    with _threads(threads), torch.inference_mode():
-        for size in batch_sizes:
-            calls = []
-            for name, model in models:
-                model.to(device).eval()
-                vision, text = model.config.vision, model.config.text
-                batch = synthetic_batch(
-                    size, vision.image_size, text_tokens, answers, vocabulary=text.vocab_size
-                )
-                calls.append((name, call(model, batch.to(device))))
-            seconds = interleave(calls, repeats, warm_up, synchronise, progress=progress)
-            for name, values in seconds.items():
-                summary = summarise(values)
-                rate = size / summary["median"] * 1e3
-                result[name][str(size)] = summary | {"rows_per_s": rate, "seconds": values}
-    return result
-
-
-def bench(
-    folders: Mapping[str, Path],
-    batch_sizes: tuple[int, ...] = (1, 32),
-    *,
-    repeats: int = 40,
-    warm_up: int = 3,
-    text_tokens: int = 16,
-    answers: int = 128,
-    top_k: int = 128,
-    threads: int | None = None,
-    device: str = "cpu",
-) -> dict[str, Any]:
-    """Latency, parameters, MACs and memory of model folders by name.
-
-    Returns:
-        {"models": {name: {"latency", "parameters", "macs", "weights_bytes"}}, "device", "threads",
-        ...}.
-    """
-    from models import from_pretrained
-    from train.evaluation import macs
-    from train.evaluation.accuracy import require_form
-
-    models = {name: from_pretrained(folder) for name, folder in folders.items()}
-    for name, model in models.items():
-        require_form(model, "vqa", folders[name])
-    listed = synthetic_answers(answers, min(m.config.text.vocab_size for m in models.values()))
-    kept = min(top_k, answers)
-    timing = measure(
-        list(models.items()),
-        listed,
-        batch_sizes,
-        threads,
-        repeats,
-        text_tokens,
-        kept,
-        warm_up,
-        device,
-        progress=True,
-    )
-    result = {
-        name: {
-            "latency": timing[name],
-            "parameters": macs.parameters(model),
-            "macs": macs.count_macs(
-                model.config,
-                text_tokens=text_tokens,
-                answer_tokens=listed.ids.shape[1] - 1,
-                top_k=kept,
-            ),
-            "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-        }
-        for name, model in models.items()
-    }
-    return {
-        "models": result,
-        "device": device_name(torch.device(device)),
-        "threads": threads or torch.get_num_threads(),
-        "repeats": repeats,
-        "text_tokens": text_tokens,
-        "top_k": kept,
-    }
+    if len(slow) != len(fast) or len(slow) < 2:
+        raise ValueError(f"{len(slow)} and {len(fast)} rounds: as many of both, two at least")
+    pairs = [a / b for a, b in zip(slow, fast, strict=True)]
+    low, middle, high = statistics.quantiles(pairs, n=4, method="inclusive")
+    return {"median": middle, "q1": low, "q3": high}
 
 
 def device_name(device: torch.device) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models import presets
 from train.evaluation import latency
 
 
@@ -37,24 +36,16 @@ def test_summary_is_median_and_quartiles_in_milliseconds() -> None:
         latency.summarise([1.0])
 
 
-def test_measure_gives_every_model_and_batch_and_restores_the_threads() -> None:
-    models = [
-        (name, presets.create(f"blocksworld-micro-{name}", form="vqa"))
-        for name in ("teacher", "student")
-    ]
-    answers = latency.synthetic_answers(6, 100)
+def test_ratios_are_taken_round_by_round() -> None:
+    """A machine that is ten times as slow in one round changes no ratio."""
+    found = latency.ratios([2.0, 30.0, 4.0, 2.0], [1.0, 10.0, 1.0, 1.0])
+    assert found == {"median": 2.5, "q1": 2.0, "q3": 3.25}
+    with pytest.raises(ValueError, match="two at least"):
+        latency.ratios([1.0], [1.0])
+
+
+def test_threads_come_back() -> None:
     before = torch.get_num_threads()
-    found = latency.measure(models, answers, (1, 3), threads=before + 1, repeats=2, top_k=2)
+    with latency.threads_of(before + 1):
+        assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
-    assert {name: list(rows) for name, rows in found.items()} == dict.fromkeys(
-        ("teacher", "student"), ["1", "3"]
-    )
-    row = found["teacher"]["3"]
-    assert row["q1"] <= row["median"] <= row["q3"]
-    assert row["rows_per_s"] == pytest.approx(3e3 / row["median"])
-
-
-def test_two_models_of_one_name_are_refused() -> None:
-    model = presets.create("blocksworld-micro-student", form="vqa")
-    with pytest.raises(ValueError, match="same name"):
-        latency.measure([("a", model), ("a", model)], latency.synthetic_answers(2, 9))
