@@ -34,6 +34,7 @@ from train.runtime.engine import (
     zero_stage,
 )
 from train.runtime.gate_optimizer import GateOptimizer
+from train.runtime.signals import leave_if_stopped
 from train.runtime.step import EngineModule
 from train.runtime.teacher import Teacher
 from train.student import FirstWeights, build_student
@@ -214,6 +215,7 @@ def build(config: RunConfig, dist: Distributed) -> Run:
 
     Raises:
         ValueError, FileNotFoundError: bad input, with file, key and remedy.
+        Stopped: a signal came.
     """
     directory = Path(config.out)
     tokenizer = load_tokenizer(tokenizer_folder(config))
@@ -232,11 +234,13 @@ def build(config: RunConfig, dist: Distributed) -> Run:
         getattr(student, part).requires_grad_(False)
     _check_validation(config, task, dist)
     gates = _gates(config, student, dist)
+    leave_if_stopped("while the models were loaded")
     engine = build_engine(
         config,
         EngineModule(student, task, teacher),
         parameter_groups(student, set(first.fresh), config.optim, task.trainable_modules()),
     )
+    leave_if_stopped("while the engine was built")
 
     def loader(kind: str, source: str | Sequence[SourceConfig], train: bool) -> Loader:
         return _loader(config, kind, source, student.config, tokenizer, dist, train)

@@ -302,6 +302,8 @@ class EngineConfig:
         activation_checkpointing: the student's blocks compute their activations again in the
             backward instead of keeping them.
         compile: torch.compile mode of the student's encoders (ZeRO 0 to 2).
+        collective_timeout: minutes that a rank waits for the others in a step before the run fails;
+            None: 10, or what DEEPSPEED_TIMEOUT says.
     """
 
     config: str = "zero1"
@@ -311,7 +313,7 @@ class EngineConfig:
     offload: Literal["none", "optimizer", "parameters"] = "none"
     activation_checkpointing: bool = False
     compile: Compile = "none"
-    collective_timeout: float = 10.0
+    collective_timeout: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

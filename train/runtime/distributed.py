@@ -263,8 +263,11 @@ def start(timeout_minutes: float | None = None) -> Distributed:
             minutes (environment variable DEEPSPEED_TIMEOUT).
 
     Raises:
-        ValueError: incomplete rank variables, or more processes than GPUs on this machine.
+        ValueError: incomplete rank variables, more processes than GPUs on this machine, or no time
+            to wait.
     """
+    if timeout_minutes is not None and timeout_minutes <= 0:
+        raise ValueError(f"engine.collective_timeout: {timeout_minutes} minutes is no time to wait")
     os.environ.update(discover_ranks(os.environ))
     _die_with_parent()
     _stop_with_launcher()

@@ -52,7 +52,7 @@ class Progress:
 
 def train(run: Run, resume: str = "auto", rebase: bool = False) -> int:
     """Trains to `config.optim.steps` and writes `model/`. Returns 0, or 75 when a signal stopped it
-    after a save.
+    after a save, or before its first step.
 
     Args:
         resume: "auto" (last valid checkpoint, if any), a checkpoint path, or "none".
@@ -74,14 +74,18 @@ def train(run: Run, resume: str = "auto", rebase: bool = False) -> int:
 
 
 def _train(run: Run, resume: str, rebase: bool, stop: StopFlag, watchdog: StallWatchdog) -> int:
+    if stop.everywhere():
+        return _left_early(stop, "before a checkpoint was loaded")
     config, progress = run.config, restore(run, resume, rebase)
+    if stop.everywhere():
+        return _left_early(stop, f"before step {progress.step} began")
     run.monitor = run.open_monitor(progress.step)
     attach(run.engine, run.directory)
     general = iter(run.loader)
     region = iter(run.region_loader) if run.region_loader is not None else None
     guard, window, retry = progress.guard, Window(), False
     run.student.train()
-    if progress.unvalidated and not stop.everywhere():
+    if progress.unvalidated:
         _between_steps(run, progress, window, guard, stop)
     while progress.step < config.optim.steps:
         set_lr(run.engine.optimizer.param_groups, lr_at(config.optim, progress.step))
@@ -104,6 +108,13 @@ def _train(run: Run, resume: str, rebase: bool, stop: StopFlag, watchdog: StallW
         return EXIT_STOPPED
     _finish(run, progress)
     return 0
+
+
+def _left_early(stop: StopFlag, where: str) -> int:
+    _LOG.warning(
+        "told to stop (%s) %s: nothing to save", stop.name or "signal on another rank", where
+    )
+    return EXIT_STOPPED
 
 
 def restore(run: Run, resume: str, rebase: bool = False) -> Progress:

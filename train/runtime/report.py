@@ -108,7 +108,12 @@ def failed(error: BaseException) -> bool:
         return False
     error._espalier_told = True  # type: ignore[attr-defined]
     if _TIMEOUT.search(str(error)):
-        error.add_note("where the ranks were:\n  " + "\n  ".join(places()))
+        error.add_note(
+            "where the ranks were:\n  "
+            + "\n  ".join(places())
+            + "\nthe rank that is somewhere else "
+            "is the one to look at; engine.collective_timeout says how many minutes to wait for it"
+        )
     else:
         error.add_note(f"rank {_rank()} was at: {place()}")
     folder = _folder()

@@ -25,7 +25,8 @@ def run(
         plan: "ranks", "samples_per_s" and "like" of a dry run, see `dry_run.Asked`.
 
     Returns:
-        0 when done, 75 when stopped by a signal with a checkpoint saved.
+        0 when done, 75 when stopped by a signal with a checkpoint saved (or before there was
+        anything to save).
     Raises:
         ValueError, FileNotFoundError: bad input; the command line shows the message and exits 2.
     """
@@ -36,9 +37,12 @@ def run(
         if os.environ.get("RANK", "0") == "0":  # under a launcher every rank would say the same
             _describe(config, plan or {})
         return 0
-    from train.stages.walk import walk
+    from train.runtime.signals import alone, stop_on_signals
 
-    return walk(config, resume, rebase)
+    with stop_on_signals():
+        with alone("while the libraries were loaded"):
+            from train.stages.walk import walk
+        return walk(config, resume, rebase)
 
 
 def _describe(config: RunConfig, plan: Mapping[str, Any]) -> None:

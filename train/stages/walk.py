@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 from models import from_pretrained
@@ -15,6 +16,7 @@ from train.provenance import provenance
 from train.recipes_io import dump_run_yaml
 from train.runtime.distributed import finish, start
 from train.runtime.loop import save_model, train
+from train.runtime.signals import EXIT_STOPPED, Stopped, alone
 from train.student import ORIGIN
 
 __all__ = ["slim_model", "walk"]
@@ -29,11 +31,13 @@ def walk(config: RunConfig, resume: str, rebase: bool = False) -> int:
         rebase: resume although the data changed; see `Loader.load_state_dict`.
 
     Returns:
-        0 when done, 75 when a signal stopped the run after a checkpoint.
+        0 when done, 75 when a signal stopped the run after a checkpoint, or before there was
+        anything to save.
     Raises:
         ValueError, FileNotFoundError: bad input.
     """
-    dist = start()
+    with alone("before all ranks had come"):
+        dist = start(config.engine.collective_timeout)
     failed, code = True, None
     try:
         config = per_rank(config, dist.world_size)
@@ -53,6 +57,11 @@ def walk(config: RunConfig, resume: str, rebase: bool = False) -> int:
             keep_answers(run)
         run.monitor.close()
         failed = False
+        return code
+    except Stopped as stopped:
+        failed, code = False, EXIT_STOPPED
+        if dist.is_main:
+            print(f"espalier: {stopped}: nothing to save yet", file=sys.stderr, flush=True)
         return code
     finally:
         # After a failure the other ranks may be anywhere: no barrier then.
