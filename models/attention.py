@@ -1,7 +1,8 @@
 """Attention with gated heads, shared contexts, masks, caches and traces; no map is written.
 
 Shape legend: B rows, C contexts (C = B, or each serves B / C consecutive rows), N tokens, K keys, D
-width, H heads, d head size. Masks are boolean and True means visible.
+width, H heads, d head size. Masks are boolean and True means visible, or float and hold the weight
+of each key (0 equals removal), as trimmers make them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from models.gated_linear import ALL, Entries, GatedLinear
 from models.gates import GateSlot
 from models.outputs import AttentionTrace
+from models.packing import Packing, packed_attention, weighted_attention
 
 __all__ = ["Attention", "BiasOnly", "KeyValueCache", "KeyValues", "LayerCache"]
 
@@ -67,10 +69,16 @@ class KeyValueCache:
 
 @dataclass
 class LayerCache:
-    """What one decoder layer keeps between calls."""
+    """What one decoder layer keeps between calls.
+
+    With trimmers also what they decided in the first call: the mask and packing of the image tokens
+    that are left (`seen`), and the heads.
+    """
 
     own: KeyValueCache = field(default_factory=KeyValueCache)
     cross: KeyValueCache = field(default_factory=KeyValueCache)
+    seen: tuple[Tensor | None, Packing | None] | None = None
+    heads: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 class Attention(nn.Module):
@@ -172,14 +180,19 @@ class Attention(nn.Module):
         cache: KeyValueCache | None,
         grows: bool,
         trace: bool,
+        chosen: Tensor | None,
     ) -> KeyValues:
-        """Keys and values for this attention's heads, from wherever they come."""
+        """Keys and values for this attention's heads (`chosen` of them), from wherever they come."""
         if cache is not None and cache.held is not None and not grows:
             return cache.held
         if memory is None and not self.owner:
             raise ValueError("this attention has no keys of its own: it needs `memory`")
-        if memory is None:
-            memory = self.keys_values(context, self, trace=trace, compact=cache is None)
+        if chosen is not None and memory is None and self.shared_heads is None:
+            rows = Entries(_entries(chosen, self.head_dim))
+            memory = self._split(self.k(context, rows=rows)), self._split(self.v(context, rows=rows))
+        elif memory is None or chosen is not None:
+            k, v = memory or self.keys_values(context, self, trace=trace, compact=cache is None)
+            memory = (k, v) if chosen is None else (k[:, chosen], v[:, chosen])
         return memory if cache is None else cache.extend(*memory)
 
     def forward(
@@ -192,6 +205,9 @@ class Attention(nn.Module):
         *,
         memory: KeyValues | None = None,
         cache: KeyValueCache | None = None,
+        queries: Packing | None = None,
+        keys: Packing | None = None,
+        kept_heads: Tensor | None = None,
     ) -> tuple[Tensor, AttentionTrace | None]:
         """Attends from x (B, N, D) to `context` (C, K, key_width), or to x itself.
 
@@ -200,16 +216,22 @@ class Attention(nn.Module):
 
         Args:
             key_mask: (C, K) bool, True on visible keys; None when all are. K counts cached keys.
+                Float: the weight of each key, with which the softmax is normalised anew.
             causal: queries see keys up to their own position; they are the last N of the K.
             trace: also return what a loss needs to rebuild the attention maps, of all heads: a head
                 whose gate is 0 then loses its values and its part of the output projection only.
             memory: keys and values in place of projecting `context`, from `keys_values` with the
                 same `trace`.
             cache: grows by the keys of x, or keeps those of `context`.
+            queries, keys: how x (1, T, D) and what is attended to (1, K, key_width) are packed.
+            kept_heads: (B, H) float factors of each row's heads, or, for one row, (H',) int64, the
+                heads that are computed at all.
 
         Raises:
-            ValueError: when B is not a multiple of C.
+            ValueError: when B is not a multiple of C, or a trace of packed tokens is asked for.
         """
+        if trace and (queries is not None or keys is not None):
+            raise ValueError("packed tokens have no attention trace; capture in another mode")
         grows, context = context is None, x if context is None else context
         scale = self.head_dim**-0.5
         if self.heads == 0:
@@ -217,25 +239,83 @@ class Attention(nn.Module):
             keys = x.new_zeros(x.shape[0], 0, context.shape[1], self.head_dim)
             record = _trace(empty, keys, scale, key_mask, causal) if trace else None
             return self.out(x), record
+        chosen, factors = self._choose(kept_heads, trace)
         # With a cache all heads take part: it outlives the gates of one pass.
         gates = self.gate.entries(fold=x.numel() // self.width >= self.width, compact=cache is None)
+        if chosen is not None:
+            gates = Entries(_entries(chosen, self.head_dim))
         q = self._split(self.q(x, rows=ALL if trace else Entries(gates.kept)))
-        k, v = self._own_keys(context, memory, cache, grows, trace)
+        k, v = self._own_keys(context, memory, cache, grows, trace, chosen)
         record = _trace(q, k, scale, key_mask, causal) if trace else None
         if trace and gates.kept is not None:
             kept = self.gate.kept
             q, k = q.index_select(1, kept), k.index_select(1, kept)
-        mask, is_causal = _visible(key_mask, causal, q.shape[2], k.shape[2], q.device)
-        mixed = F.scaled_dot_product_attention(
-            _fold(q, k.shape[0]),
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=is_causal,
-        )
-        mixed = _unfold(mixed, q.shape[0])
+        if queries is not None or keys is not None:
+            mixed = _packed(q, k, v, queries, keys, key_mask)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            mixed = _unfold(_mix(_fold(q, k.shape[0]), k, v, key_mask, causal, dropout), q.shape[0])
+        if factors is not None:
+            if gates.kept is not None:
+                factors = factors.index_select(1, self.gate.kept)
+            mixed = mixed * _head_factors(factors, queries).to(mixed.dtype)
         return self.out(mixed.transpose(1, 2).flatten(2), columns=gates), record
+
+    def _choose(
+        self, kept_heads: Tensor | None, trace: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """`kept_heads` as the heads that are computed, or as factors where all must be."""
+        if kept_heads is None or kept_heads.is_floating_point():
+            return None, kept_heads
+        if self.gate.z is None and not trace:
+            return kept_heads, None
+        factors = torch.zeros(1, self.heads, device=kept_heads.device)
+        return None, factors.index_fill(1, kept_heads, 1.0)
+
+
+def _entries(heads: Tensor, size: int) -> Tensor:
+    """Head numbers (n,) -> their rows in a projection, (n d,)."""
+    return (heads[:, None] * size + torch.arange(size, device=heads.device)).flatten()
+
+
+def _mix(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool, dropout: float
+) -> Tensor:
+    """Fused attention; key_mask (C, K) bool, or float weights."""
+    weight = None
+    if key_mask is not None and key_mask.is_floating_point():
+        if key_mask.requires_grad and torch.is_grad_enabled():
+            weight, key_mask = key_mask, None
+        else:  # nobody asks for its gradient: then a mask is the exact form in every precision
+            key_mask = key_mask > 0
+    mask, is_causal = _visible(key_mask, causal, q.shape[2], k.shape[2], q.device)
+    options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": is_causal}
+    if weight is None:
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    return weighted_attention(q, k, v, weight, q.shape[-1] ** -0.5, **options)
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Packing | None,
+    keys: Packing | None,
+    key_mask: Tensor | None,
+) -> Tensor:
+    """`packed_attention`, in which the rows of a context share its keys."""
+    mask = None if key_mask is None else key_mask > 0
+    if queries is not None or keys is None:
+        return packed_attention(q, k, v, queries, keys, mask)
+    mixed = packed_attention(_fold(q, keys.batch), k, v, None, keys, mask)
+    return _unfold(mixed, q.shape[0])
+
+
+def _head_factors(kept: Tensor, queries: Packing | None) -> Tensor:
+    """(B, H) -> (B, H, 1, 1), or for packed queries (1, H, T, 1)."""
+    if queries is None:
+        return kept[:, :, None, None]
+    return kept.index_select(0, queries.rows).transpose(0, 1)[None, :, :, None]
 
 
 def _fold(q: Tensor, contexts: int) -> Tensor:
@@ -264,6 +344,8 @@ def _trace(
     q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None, causal: bool
 ) -> AttentionTrace:
     """The trace of q (B, H, N, d) with k (C, H, K, d) and key_mask (C, K): one context a row."""
+    if key_mask is not None and key_mask.is_floating_point():
+        key_mask = key_mask > 0
     mask = None if key_mask is None else _repeat(key_mask, q.shape[0])
     return AttentionTrace(q, _repeat(k, q.shape[0]), scale, mask, causal)
 

@@ -15,6 +15,10 @@ from models.attention import Attention, LayerCache
 from models.config import TextConfig
 from models.layers import BertLayer, Recorder, run_block
 from models.outputs import Capture, EncoderOutput
+from models.streams import BlockTrim
+from models.trim_config import TrimmingConfig
+from models.trim_pass import Context, TextPass, text_trimmers
+from models.trimmers import Trimmers
 
 __all__ = [
     "DecoderCache",
@@ -29,8 +33,7 @@ __all__ = [
 
 # One image for each text, or two of them (forms of NLVR2).
 Images = Tensor | Sequence[Tensor]
-ImageMasks = Tensor | Sequence[Tensor | None] | None
-Context = tuple[Tensor, Tensor | None]
+ImageMasks = Tensor | Sequence[Tensor | None] | None  # bool, or float keep weights
 
 
 class DecoderCache:
@@ -137,6 +140,8 @@ def run_layers(
     *,
     causal: bool = False,
     cache: DecoderCache | None = None,
+    trimmers: Trimmers | None = None,
+    first: int = 0,
 ) -> EncoderOutput:
     """Runs layers on x (B, L, D); indices of the output count from the first of `layers`.
 
@@ -144,17 +149,24 @@ def run_layers(
         contexts: what cross-attention reads, states and mask; none for text layers. With two,
             layers with cross-attention take turns, and the second of each two attends through the
             key and value projection of the first.
+        trimmers: of the whole stack, in which `layers` begin with number `first`.
     """
     recorder, turn = Recorder(capture), 0
     recorder.state(0, x)
     owner: Attention | None = None
+    trim = TextPass(x, mask, contexts, trimmers, first, causal)
     for index, layer in enumerate(layers):
         assert isinstance(layer, BertLayer)
-        context, context_mask, memory = None, None, None
+        context, context_mask, packing, memory, place = None, None, None, None, None
+        held = None if cache is None else cache[index]
         if layer.has_cross:
             if not contexts:
                 raise ValueError("layers with cross-attention need image states to read")
-            context, context_mask = contexts[turn % len(contexts)]
+            place, turn = turn % len(contexts), turn + 1
+        x = trim.own(index, x, place)
+        own_heads, cross_heads = trim.heads(index, x, place, held)
+        if place is not None:
+            context, context_mask, packing = trim.context(index, x, place, held)
             cross = layer.cross_attention
             if owner is not None and not cross.owner and cross.heads:
                 memory = owner.keys_values(
@@ -163,24 +175,25 @@ def run_layers(
                     trace=index in capture.cross_attention,
                     compact=cache is None,
                 )
-            owner, turn = cross, turn + 1
+            owner = cross
         x, own_trace, cross_trace = run_block(
             layer,
             x,
-            mask,
+            trim.stream.mask,
             context,
             context_mask,
             causal=causal,
             trace=index in capture.attention,
             cross_trace=index in capture.cross_attention,
             memory=memory,
-            cache=None if cache is None else cache[index],
+            cache=held,
+            trim=BlockTrim(None, packing, own_heads, cross_heads),
         )
         recorder.traces(index, own_trace, cross_trace)
         recorder.state(index + 1, x)
     if cache is not None:
         cache.length += x.shape[1]
-    return recorder.output(x)
+    return recorder.output(x, trim.stream.mask, trim.record)
 
 
 class TextStack(nn.Module):
@@ -189,7 +202,9 @@ class TextStack(nn.Module):
     With `pair_heads` in the configuration, two consecutive fusion layers read one image each.
     """
 
-    def __init__(self, config: TextConfig, context_width: int) -> None:
+    def __init__(
+        self, config: TextConfig, context_width: int, trimming: TrimmingConfig | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.embeddings = TextEmbeddings(config)
@@ -209,6 +224,7 @@ class TextStack(nn.Module):
                     owner=pairs is None or place % 2 == 0,
                 )
             )
+        self.trimmers = None if trimming is None else text_trimmers(config, trimming, context_width)
 
     def _contexts(self, states: Images, mask: ImageMasks) -> list[Context]:
         """(states, mask) of each image. Raises ValueError unless there are as many as layers take."""
@@ -227,7 +243,8 @@ class TextStack(nn.Module):
     def encode(self, ids: Tensor, mask: Tensor | None, capture: Capture) -> EncoderOutput:
         """Text layers only: ids (B, L), mask (B, L) bool."""
         layers = list(self.layers[: self.config.text_layers])
-        return run_layers(layers, self.embeddings(ids), mask, (), capture)
+        x = self.embeddings(ids)
+        return run_layers(layers, x, mask, (), capture, trimmers=self.trimmers)
 
     def fuse(
         self,
@@ -238,9 +255,11 @@ class TextStack(nn.Module):
         capture: Capture,
     ) -> EncoderOutput:
         """Fusion layers only: states (B, L, D) attend to image_states, see `XVLM.fuse`."""
-        layers = list(self.layers[self.config.text_layers :])
-        contexts = self._contexts(image_states, image_mask)
-        return run_layers(layers, states, mask, contexts, capture)
+        first = self.config.text_layers
+        layers, contexts = list(self.layers[first:]), self._contexts(image_states, image_mask)
+        return run_layers(
+            layers, states, mask, contexts, capture, trimmers=self.trimmers, first=first
+        )
 
     def multimodal(
         self,
@@ -261,4 +280,13 @@ class TextStack(nn.Module):
         """
         x = self.embeddings(ids, 0 if cache is None else cache.length)
         contexts = self._contexts(image_states, image_mask)
-        return run_layers(list(self.layers), x, mask, contexts, capture, causal=causal, cache=cache)
+        return run_layers(
+            list(self.layers),
+            x,
+            mask,
+            contexts,
+            capture,
+            causal=causal,
+            cache=cache,
+            trimmers=self.trimmers,
+        )

@@ -13,7 +13,17 @@ from typing import Any, Literal, cast, get_args
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-__all__ = ["DecoderConfig", "Form", "HEADS", "ModelConfig", "TextConfig", "VisionConfig"]
+from models.trim_config import TrimmingConfig
+
+__all__ = [
+    "DecoderConfig",
+    "Form",
+    "HEADS",
+    "ModelConfig",
+    "TextConfig",
+    "TrimmingConfig",
+    "VisionConfig",
+]
 
 Form = Literal["pretrain", "retrieval", "vqa", "nlvr2_pretrain", "nlvr2", "captioning", "grounding"]
 # The modules of each form beside `vision` and `text`.
@@ -207,6 +217,7 @@ class ModelConfig:
     nlvr2: fusion layers in pairs (`TextConfig.pair_heads`) and `cls_head`, two classes.
     nlvr2_pretrain: pairs, `ta_head` (which image, or none, fits) and the image projection.
     grounding: the box head.
+    trimming: token and head trimmers (`models.trimmers`); None has none.
     """
 
     name: str = "xvlm"
@@ -217,6 +228,7 @@ class ModelConfig:
     embed_dim: int = 256
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    trimming: TrimmingConfig | None = None
 
     def __post_init__(self) -> None:
         vision, text, decoder = self.vision, self.text, self.decoder
@@ -243,6 +255,7 @@ class ModelConfig:
             raise ValueError(
                 "decoder.heads, cross_heads and ffn must have one entry per layer each"
             )
+        _check_trimming(self)
 
     def as_form(
         self, form: str, *, decoder_layers: int | None = None, image_size: int | None = None
@@ -259,6 +272,11 @@ class ModelConfig:
         """
         if form not in get_args(Form):
             raise ValueError(f"form {form!r} is unknown; choose one of {get_args(Form)}")
+        if self.trimming is not None and form != self.form:
+            raise ValueError(
+                f"trimmers belong to form {self.form!r}: make form {form!r} of a model without "
+                "them, and add them to it"
+            )
         decoder = None
         if form == "vqa":
             keep = self.decoder is not None and decoder_layers is None
@@ -301,6 +319,22 @@ class ModelConfig:
         except ValueError as error:  # not JSON, or not UTF-8
             raise ValueError(f"{path}: not a readable JSON file: {error}") from error
         return cls.from_dict(values, where=str(path))
+
+
+def _check_trimming(config: ModelConfig) -> None:
+    """Raises ValueError when trimmers do not fit the model."""
+    trimming, vision, text = config.trimming, config.vision, config.text
+    if trimming is None:
+        return
+    trimming.check(config.form, vision.layers, text.text_layers, text.fusion_layers)
+    for name in ("vision_keep", "fusion_keep"):
+        counts = getattr(trimming, name)
+        if counts and counts[0] > vision.patches:
+            raise ValueError(
+                f"trimming.{name} keeps {counts[0]} tokens, an image has {vision.patches} patches"
+            )
+    if trimming.min_tokens < 1 and vision.pooling != "class":
+        raise ValueError('trimming.min_tokens is at least 1 unless vision.pooling is "class"')
 
 
 def _fusion_widths(text: TextConfig) -> list[tuple[int, int, int]]:

@@ -36,6 +36,8 @@ def scored(output: EncoderOutput, logits: Tensor) -> DecoderOutput:
         hidden=output.hidden,
         attention=output.attention,
         cross_attention=output.cross_attention,
+        mask=output.mask,
+        trimming=output.trimming,
         logits=logits,
     )
 
@@ -64,7 +66,8 @@ class AnswerDecoder(nn.Module):
         capture: Capture | None = None,
         cache: DecoderCache | None = None,
     ) -> DecoderOutput:
-        """ids (A, La), mask (A, La) bool, states (C, Ls, D), state_mask (C, Ls) bool.
+        """ids (A, La), mask (A, La) bool, states (C, Ls, D), state_mask (C, Ls) bool or
+        float keep weights.
 
         A may be a multiple of C: each question then serves A / C consecutive answers. With a
         `cache`, ids are the tokens after those it has seen, and mask covers both.

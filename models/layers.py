@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from models.attention import Attention, BiasOnly, KeyValues, LayerCache
 from models.gated_linear import GatedLinear
 from models.gates import GateSlot
-from models.outputs import AttentionTrace, Capture, EncoderOutput
+from models.outputs import AttentionTrace, Capture, EncoderOutput, TrimRecord
+from models.streams import BlockTrim
 
 __all__ = [
     "BertLayer",
@@ -35,6 +36,7 @@ __all__ = [
 
 # Below, gathering the weights of the units that take part costs more than the others' products.
 _FEW_TOKENS = 64
+_UNTRIMMED = BlockTrim()
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -124,10 +126,21 @@ class ViTBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(
-        self, x: Tensor, key_mask: Tensor | None = None, trace: bool = False
+        self,
+        x: Tensor,
+        key_mask: Tensor | None = None,
+        trace: bool = False,
+        trim: BlockTrim = _UNTRIMMED,
     ) -> tuple[Tensor, AttentionTrace | None]:
-        """x (B, N, D), key_mask (B, N) bool or None -> (B, N, D) and the trace if asked for."""
-        mixed, record = self.attention(self.norm1(x), key_mask=key_mask, trace=trace)
+        """x (B, N, D), key_mask (B, N) or None -> (B, N, D) and the trace if asked for."""
+        mixed, record = self.attention(
+            self.norm1(x),
+            key_mask=key_mask,
+            trace=trace,
+            queries=trim.packing,
+            keys=trim.packing,
+            kept_heads=trim.heads,
+        )
         x = x + self.drop_path(self.scale1(mixed))
         return x + self.drop_path(self.scale2(self.ffn(self.norm2(x)))), record
 
@@ -190,18 +203,25 @@ class BertLayer(nn.Module):
         cross_trace: bool = False,
         memory: KeyValues | None = None,
         cache: LayerCache | None = None,
+        trim: BlockTrim = _UNTRIMMED,
     ) -> tuple[Tensor, AttentionTrace | None, AttentionTrace | None]:
         """x (B, L, D), mask (B, L), context (C, K, context_width), context_mask (C, K).
 
         Args:
             memory: keys and values of the cross-attention in place of projecting `context`.
             cache: what the layer keeps between calls; `mask` then counts the keys held as well.
+            trim: decisions of trimmers, and how the context is packed.
 
         Returns:
             states (B, L, D), self-attention trace, cross-attention trace (None unless asked).
         """
         mixed, record = self.attention(
-            x, key_mask=mask, causal=causal, trace=trace, cache=cache and cache.own
+            x,
+            key_mask=mask,
+            causal=causal,
+            trace=trace,
+            cache=cache and cache.own,
+            kept_heads=trim.heads,
         )
         x = self.attention_norm(x + self.dropout(mixed))
         cross_record = None
@@ -213,6 +233,8 @@ class BertLayer(nn.Module):
                 trace=cross_trace,
                 memory=memory,
                 cache=cache and cache.cross,
+                keys=trim.context_packing,
+                kept_heads=trim.cross_heads,
             )
             x = self.cross_norm(x + self.dropout(mixed))
         return self.ffn_norm(x + self.dropout(self.ffn(x))), record, cross_record
@@ -256,6 +278,9 @@ class Recorder:
         if cross is not None:
             self.cross_attention[index] = cross
 
-    def output(self, last: Tensor) -> EncoderOutput:
+    def output(
+        self, last: Tensor, mask: Tensor | None = None, trimming: TrimRecord | None = None
+    ) -> EncoderOutput:
         """The typed output with everything recorded."""
-        return EncoderOutput(last, self.hidden, self.attention, self.cross_attention)
+        recorded = self.hidden, self.attention, self.cross_attention
+        return EncoderOutput(last, *recorded, mask, trimming)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-__all__ = ["AttentionTrace", "Capture", "EncoderOutput"]
+__all__ = ["AttentionTrace", "Capture", "EncoderOutput", "TrimRecord", "TrimSite"]
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,77 @@ class Capture:
         return cls(frozenset(hidden), frozenset(attention), frozenset(cross_attention))
 
 
+@dataclass(frozen=True)
+class TrimSite:
+    """What one token trimmer decided about the n tokens that were in front of it.
+
+    Attributes:
+        logits: (B, n) float32, noise not included.
+        kept: (B, n) float32 of 0 and 1: the token is there from here on (those that were gone
+            before, or are padding, have 0). In training with the straight-through gradient.
+        movable: (B, n) bool: it could have gone: no protected token, no padding, not gone before.
+        places: (B, n) int64, place of each among the `tokens` at the start of the stack; None: as
+            they were. Where `kept` and `movable` are 0 it may be any place.
+        tokens: N.
+        before: (B,) float32, how many there were in front of the site.
+    """
+
+    logits: Tensor
+    kept: Tensor
+    movable: Tensor
+    places: Tensor | None
+    tokens: int
+    before: Tensor
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(B, n) values of the site's tokens -> (B, N), by their place at the start; else 0."""
+        if self.places is None:
+            return values
+        empty = values.new_zeros(values.shape[0], self.tokens)
+        return empty.scatter_add(1, self.places, values)
+
+    def keep(self) -> Tensor:
+        """(B, N) float32: which tokens of the stack's start are there behind the site."""
+        return self.spread(self.kept)
+
+
+@dataclass
+class TrimRecord:
+    """Decisions of one pass, and what each of its layers worked on.
+
+    Layers are numbered as in the stack's configuration: vision blocks; text layers, then fusion
+    layers (a fusion pass starts at `text_layers`).
+
+    Attributes:
+        sites: layer -> decisions about the stack's own tokens in front of it.
+        context_sites: layer -> decisions about the image tokens that it reads.
+        heads, cross_heads: layer -> (B, H) float32 of 0 and 1, for layers with a head trimmer.
+        tokens: layer -> (B,) float32 tokens it worked on, padding not counted.
+        context_tokens: layer -> (B,) image tokens that its cross-attention read.
+    Rows are images in a vision pass (or texts, where they were encoded for each text), else texts.
+    """
+
+    sites: dict[int, TrimSite] = field(default_factory=dict)
+    context_sites: dict[int, TrimSite] = field(default_factory=dict)
+    heads: dict[int, Tensor] = field(default_factory=dict)
+    cross_heads: dict[int, Tensor] = field(default_factory=dict)
+    tokens: dict[int, Tensor] = field(default_factory=dict)
+    context_tokens: dict[int, Tensor] = field(default_factory=dict)
+
+
 @dataclass
 class EncoderOutput:
     """What an encoder returns.
 
     Attributes:
-        last: (B, N, D) final states (after the final norm where there is one).
+        last: (B, N, D) final states (after the final norm where there is one). Where trimmers move
+            tokens, those that are left, in their order.
         hidden: index -> (B, N, D) residual-stream states as asked for by `Capture.hidden`.
         attention, cross_attention: layer index -> trace as asked for.
+        mask: (B, N) what may be read of `last`: bool, True is visible, or float keep weights where
+            trimmers mask; None: everything. Who attends to `last` passes it on.
+        trimming: decisions of the trimmers; None where they are off.
+        per_text: rows are texts, each with its own copy of the image (see `XVLM.encode_image`).
     Indices count from the first layer of the pass that ran (a fusion pass starts at 0).
     """
 
@@ -72,3 +135,16 @@ class EncoderOutput:
     hidden: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionTrace] = field(default_factory=dict)
     cross_attention: dict[int, AttentionTrace] = field(default_factory=dict)
+    mask: Tensor | None = None
+    trimming: TrimRecord | None = None
+    per_text: bool = False
+
+    def context(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """States and mask of the image of each text, for `fuse`, `multimodal` and `decode`.
+
+        Args:
+            index: (B,) int64, the image of each text; not used where rows are texts already.
+        """
+        if self.per_text:
+            return self.last, self.mask
+        return self.last[index], None if self.mask is None else self.mask[index]

@@ -6,7 +6,9 @@ image, then the patches. The first is the class token, or what pooling makes of 
 there is none (X-VLM's Swin puts the mean there); registers only serve the blocks (2309.16588) and
 are left out. So masks of 1 + patches columns fit every backbone.
 
-Shape legend: N images, B region rows, T and P tokens as above, D width.
+Trimmers drop patches in front of some blocks (`models.trimmers`); T and P then shrink on the way.
+
+Shape legend: N images, B region rows or texts, T and P tokens as above, D width.
 Source: EfficientVLM (2210.07795) section 3, X-VLM (2111.08276) section 3; CLIP, DeiT, SigLIP
 (attention pooling) and DINOv2 (registers) as timm.models.vision_transformer has them.
 """
@@ -24,6 +26,9 @@ from models.attention import Attention
 from models.config import VisionConfig
 from models.layers import FeedForward, Recorder, ViTBlock, run_block
 from models.outputs import Capture, EncoderOutput
+from models.streams import TokenStream
+from models.trim_config import TrimmingConfig
+from models.trim_pass import ImagePass, vision_trimmers
 
 __all__ = [
     "AttentionPool",
@@ -41,12 +46,14 @@ class RegionOutput:
     Attributes:
         rows: one entry per region row: `last` is (B, P, D), under the region masks. Its hidden
             states and traces have T tokens, N rows before the layers that apply the mask, and B + N
-            from there on (the B region rows first, then the N full images).
+            from there on (the B region rows first, then the N full images). So has `trimming`.
         full: (N, P, D) final states of the full, unmasked images.
+        full_mask: (N, P) what may be read of `full`, as `EncoderOutput.mask`.
     """
 
     rows: EncoderOutput
     full: Tensor
+    full_mask: Tensor | None = None
 
 
 def resize_positions(positions: Tensor, grid: int, prefix: int = 1) -> Tensor:
@@ -128,9 +135,18 @@ class AttentionPool(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Embeddings, pre-norm blocks, the final norm, and the token for the whole image."""
+    """Embeddings, pre-norm blocks, the final norm, and the token for the whole image.
 
-    def __init__(self, config: VisionConfig) -> None:
+    Args:
+        trimming: None has no trimmers.   guide_width: of the text, for guided ones.
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        trimming: TrimmingConfig | None = None,
+        guide_width: int | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.embeddings = VisionEmbeddings(config)
@@ -156,6 +172,7 @@ class VisionEncoder(nn.Module):
             else nn.LayerNorm(config.width, eps=config.norm_eps)
         )
         self.pool = AttentionPool(config) if config.pooling == "map" else None
+        self.trimmers = None if trimming is None else vision_trimmers(config, trimming, guide_width)
 
     def initialise(self) -> None:
         """Fresh weights in the manner of CLIP: residual outputs shrink with depth."""
@@ -185,38 +202,48 @@ class VisionEncoder(nn.Module):
         capture: Capture | None = None,
         region_mask: Tensor | None = None,
         image_index: Tensor | None = None,
+        guide: Tensor | None = None,
     ) -> EncoderOutput | RegionOutput:
-        """Encodes normalised images (N, 3, S, S); see `XVLM.encode_image` for the region form."""
+        """Encodes normalised images (N, 3, S, S); see `XVLM.encode_image` for regions and guides."""
+        if region_mask is not None and guide is not None:
+            raise ValueError("region rows cannot be guided: pass region_mask or guide, not both")
         recorder = Recorder(capture or Capture())
         start = max(0, len(self.blocks) - self.config.region_layers)
-        mask, rows = None, 0
+        rows = None
         x = self.embeddings(images)
         recorder.state(0, x)
+        stream = TokenStream(x, None, self.config.prefix_tokens)
+        trim = ImagePass(self.trimmers, stream, guide, image_index)
         for index, block in enumerate(self.blocks):
             if region_mask is not None and index == start:
-                x, mask, rows = self._gather_regions(x, region_mask, image_index)
+                x, rows = self._gather_regions(x, stream, region_mask, image_index)
+            x, told = trim.before(index, x)
             assert isinstance(block, ViTBlock)
-            x, record = run_block(block, x, mask, trace=index in recorder.capture.attention)
+            traced = index in recorder.capture.attention
+            x, record = run_block(block, x, stream.mask, trace=traced, trim=told)
             recorder.traces(index, record)
             recorder.state(index + 1, x)
-        if region_mask is not None and mask is None:  # region_layers is 0: rows see whole images
-            x, mask, rows = self._gather_regions(x, region_mask, image_index)
-        x = self._output(x, mask)
-        if region_mask is None:
-            return recorder.output(x)
-        return RegionOutput(recorder.output(x[:rows]), x[rows:])
+        if region_mask is not None and rows is None:  # region_layers is 0: rows see whole images
+            x, rows = self._gather_regions(x, stream, region_mask, image_index)
+        x, mask = self._output(*trim.finish(x))
+        if rows is None:
+            output = recorder.output(x, mask, trim.record)
+            output.per_text = guide is not None
+            return output
+        first, rest = (None, None) if mask is None else (mask[:rows], mask[rows:])
+        return RegionOutput(recorder.output(x[:rows], first, trim.record), x[rows:], rest)
 
     def _gather_regions(
-        self, x: Tensor, region_mask: Tensor, image_index: Tensor | None
-    ) -> tuple[Tensor, Tensor, int]:
-        """(N, T, D) -> [B region rows; N images] (B + N, T, D), their key mask (B + N, T), and B.
+        self, x: Tensor, stream: TokenStream, region_mask: Tensor, image_index: Tensor | None
+    ) -> tuple[Tensor, int]:
+        """The rows of (N, T, D) become [B region rows; N images], which see their tokens; and B.
 
         The region mask (B, P) has one column for the whole image, which is the class token's.
         Registers belong to no place and stay visible.
         """
         if image_index is None:
             raise ValueError("a region mask needs image_index, the image of each row")
-        config, count = self.config, region_mask.shape[0]
+        config, count, images = self.config, region_mask.shape[0], stream.rows
         if region_mask.shape[1] != config.output_tokens:
             raise ValueError(
                 f"region masks have {region_mask.shape[1]} columns, the model expects "
@@ -225,18 +252,19 @@ class VisionEncoder(nn.Module):
         registers = region_mask.new_ones(count, config.register_tokens)
         first = region_mask[:, : int(config.class_token)]
         columns = torch.cat([first, registers, region_mask[:, 1:]], dim=1)
-        gathered = torch.cat([x.index_select(0, image_index), x])
-        return gathered, torch.cat([columns, columns.new_ones(x.shape[:2])]), count
+        columns = torch.cat([columns, columns.new_ones(images, columns.shape[1])])
+        index = torch.cat([image_index, torch.arange(images, device=x.device)])
+        return stream.select(x, index, columns), count
 
-    def _output(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Last states (B, T, D), key mask (B, T) or None -> (B, P, D): the token for the whole image
-        (pooled from visible patches only), then the patches.
+    def _output(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Last states (B, T, D), mask (B, T) or None -> (B, P, D): the token for the whole image
+        (pooled from visible patches only), then the patches; and their mask (B, P).
         """
         config, prefix = self.config, self.config.prefix_tokens
         if config.final_norm == "tokens":
             x = self.norm(x)
         if config.pooling == "class" and prefix == 1 and config.final_norm != "pooled":
-            return x
+            return x, mask
         patches = x[:, prefix:]
         visible = None if mask is None else mask[:, prefix:]
         if config.pooling == "class":
@@ -247,7 +275,9 @@ class VisionEncoder(nn.Module):
             first = _mean(patches, visible)
         if config.final_norm == "pooled":
             first = self.norm(first)
-        return torch.cat([first, patches], dim=1)
+        if visible is not None:
+            visible = torch.cat([visible.new_ones(len(visible), 1), visible], dim=1)
+        return torch.cat([first, patches], dim=1), visible
 
 
 def _mean(x: Tensor, mask: Tensor | None) -> Tensor:

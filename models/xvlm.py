@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, cast, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from models.gates import GateSlot
 from models.heads import ContrastiveTemperature, FeatureProjection, MlpHead, TokenHead
 from models.layers import BertLayer, FeedForward, ViTBlock
 from models.outputs import Capture, EncoderOutput
+from models.trim_config import TrimMode
+from models.trimmers import Trimmers
 from models.vision import RegionOutput, VisionEncoder
 
 __all__ = ["XVLM", "DecoderOutput", "RegionOutput"]
@@ -57,8 +59,8 @@ class XVLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision = VisionEncoder(config.vision)
-        self.text = TextStack(config.text, config.vision.width)
+        self.vision = VisionEncoder(config.vision, config.trimming, config.text.width)
+        self.text = TextStack(config.text, config.vision.width, config.trimming)
         self.decoder = None
         for name in HEADS[config.form]:
             setattr(self, name, _head(name, config))
@@ -71,6 +73,8 @@ class XVLM(nn.Module):
             if name != "vision":
                 initialise_bert(child, self.config.text.init_std)
         self.vision.initialise()
+        for trimmers in self._trimmers():
+            trimmers.reset()
 
     # --- encoders -------------------------------------------------------------------------------
 
@@ -93,6 +97,7 @@ class XVLM(nn.Module):
         capture: Capture = ...,
         region_mask: None = None,
         image_index: Tensor | None = None,
+        guide: Tensor | None = None,
     ) -> EncoderOutput: ...
 
     @overload
@@ -111,19 +116,34 @@ class XVLM(nn.Module):
         capture: Capture = _NOTHING,
         region_mask: Tensor | None = None,
         image_index: Tensor | None = None,
+        guide: Tensor | None = None,
     ) -> EncoderOutput | RegionOutput:
         """Encodes images (N, 3, S, S), uint8 (normalised here) or float (already normalised).
 
         Args:
             region_mask: (B, P) bool, the tokens that each region row sees (class token included).
                 The layers before the last `region_layers` run once per image.
-            image_index: (B,) int64, the image of each region row; only used with `region_mask`.
+            image_index: (B,) int64, the image of each region row, or of each text of the guide
+                (None: one each); otherwise not used.
+            guide: (B, D) the first text token, encoded before, which guided trimmers compare with
+                (`guided`). Rows are then texts, not images; the blocks in front of the first site
+                run once per image.
 
         Returns:
-            EncoderOutput with last (N, P, D), or a RegionOutput when `region_mask` is given.
+            EncoderOutput with last (N, P, D), or (B, P, D) with a guide; or a RegionOutput when
+            `region_mask` is given. Pass on its `mask` with its states (`EncoderOutput.context`).
+
+        Raises:
+            ValueError: when trimmers want a guide and there is none, or with both kinds of rows.
         """
         run = self._compiled.get("vision", self.vision)
-        return run(self._normalise(images), capture, region_mask, image_index)
+        return run(self._normalise(images), capture, region_mask, image_index, guide)
+
+    @property
+    def guided(self) -> bool:
+        """Whether `encode_image` wants a guide now: its trimmers compare patches with the text."""
+        trimming, trimmers = self.config.trimming, self.vision.trimmers
+        return trimming is not None and trimming.guided and _mode(trimmers) != "off"
 
     def encode_text(
         self, ids: Tensor, mask: Tensor | None, capture: Capture = _NOTHING
@@ -143,6 +163,7 @@ class XVLM(nn.Module):
 
         B may be a multiple of N: each image then serves B / N consecutive rows, projected once.
         Forms of NLVR2 take two image states (and two masks, or None); layer 2j reads the first.
+        Masks are bool, or the float keep weights of a trimmed pass (`EncoderOutput.mask`).
         """
         run = self._compiled.get("fusion", self.text.fuse)
         return run(text_states, text_mask, image_states, image_mask, capture)
@@ -262,6 +283,40 @@ class XVLM(nn.Module):
         for block in self.modules():
             if isinstance(block, ViTBlock | BertLayer):
                 block.recompute = enabled
+
+    def set_trimming(self, mode: str, *, fixed: bool | None = None, tau: float = 1.0) -> None:
+        """How trimmers run from now on; the model starts with `config.trimming.mode`.
+
+        Args:
+            mode: "off": the full model. "mask": all tokens are computed and dropped ones are not
+                read, which equals removing them; the only mode of training (with "off" for a full
+                pass). "gather": dropped tokens are removed, exactly for single rows and down to the
+                longest row of a batch. "bucket": the best `vision_keep`, ... tokens are kept at
+                each site, in static shapes for torch.compile and CUDA graphs. "packed": rows of
+                unequal length lie behind one another, and attention runs on ragged rows.
+            fixed: the counts of "bucket" decide rather than the sign of the logits; None: in mode
+                "bucket" only.
+            tau: temperature of the decisions' noise in training.
+
+        Raises:
+            ValueError: on an unknown mode, a model without trimmers, or counts that are missing.
+        """
+        trimming = self.config.trimming
+        if trimming is None:
+            raise ValueError("this model has no trimmers; models.trimming.with_trimming adds them")
+        if mode not in get_args(TrimMode) or tau <= 0:
+            raise ValueError(
+                f"trimming mode {mode!r} with tau {tau}: modes are {get_args(TrimMode)}, tau is "
+                "above 0"
+            )
+        by_count = mode == "bucket" if fixed is None else fixed
+        trimming.require_counts("bucket" if by_count else mode)
+        for trimmers in self._trimmers():
+            trimmers.mode, trimmers.fixed, trimmers.tau = mode, by_count, tau
+
+    def _trimmers(self) -> list[Trimmers]:
+        found = (self.vision.trimmers, self.text.trimmers)
+        return [trimmers for trimmers in found if trimmers is not None]
 
     def compile_encoders(
         self,
@@ -406,6 +461,10 @@ class XVLM(nn.Module):
         }
         model.load_state_dict(tensors, assign=True)
         return model.eval()
+
+
+def _mode(trimmers: Trimmers | None) -> str:
+    return "off" if trimmers is None else trimmers.mode
 
 
 def _gated_cross(prefix: str, layer: BertLayer) -> Iterator[tuple[str, Attention | FeedForward]]:

@@ -1,0 +1,194 @@
+"""Rows of unequal length without padding: one behind the other in one long row.
+
+Linear maps, norms and feed-forward parts run on the packed tensor (1, T, D) as they are; attention
+goes through `packed_attention`. Inference only: sizes depend on the data.
+
+Shape legend: B rows, n tokens of the longest of them, T tokens in all, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+
+__all__ = ["Packing", "packed_attention", "weighted_attention"]
+
+_EPSILON = 1e-6  # least share of the kept keys in a softmax; bounds the gradient of weights
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of B rows lie in (1, T, ...).
+
+    Attributes:
+        rows: (T,) int64, the row of each token, rising.
+        slots: (T,) int64, its place in a padded grid (B, n) read row by row.
+        starts: (B + 1,) int32, first token of each row, and T.
+        batch, longest: B and n.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    starts: Tensor
+    batch: int
+    longest: int
+
+    @classmethod
+    def of(cls, kept: Tensor) -> tuple[Packing, Tensor]:
+        """The packing of the True entries of a grid (B, n), and their places in it, (T,).
+
+        Waits for the device: T and n are needed.
+        """
+        lengths = kept.sum(1)
+        total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
+        index = torch.nonzero_static(kept.flatten(), size=int(total)).squeeze(1)
+        starts = F.pad(lengths.cumsum(0), (1, 0))
+        rows = index // kept.shape[1]
+        slots = torch.arange(int(total), device=kept.device) - starts[rows] + rows * int(longest)
+        return cls(rows, slots, starts.int(), kept.shape[0], int(longest)), index
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, n) bool: slots of the grid that hold a token."""
+        lengths = self.starts.diff()
+        return torch.arange(self.longest, device=lengths.device) < lengths[:, None]
+
+    def grid(self, packed: Tensor) -> Tensor:
+        """(T, ...) -> (B, n, ...), zeros where there is no token."""
+        shape = (self.batch * self.longest, *packed.shape[1:])
+        return (
+            packed.new_zeros(shape)
+            .index_copy(0, self.slots, packed)
+            .unflatten(0, (self.batch, self.longest))
+        )
+
+    def flat(self, grid: Tensor) -> Tensor:
+        """(B, n, ...) -> (T, ...)."""
+        return grid.flatten(0, 1).index_select(0, self.slots)
+
+    def first(self, packed: Tensor) -> Tensor:
+        """(T, ...) -> (B, ...): the first token of each row; every row has one."""
+        return packed.index_select(0, self.starts[:-1].long())
+
+
+def weighted_attention(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, scale: float, **options: object
+) -> Tensor:
+    """Attention in which key j counts `weight[j]` times, renormalised: weight 0 equals removal.
+
+    sum_j w_j exp(s_j) v_j / sum_j w_j exp(s_j), by fused attention on values with one more channel,
+    [v w, w], and a division by it: no mask, no map, and a gradient for w of dropped keys too. With
+    dropout the sum below is over the same dropped-out probabilities (as in DropAttention,
+    1907.11065).
+
+    Args:
+        q: (B, H, N, d).   k, v: (B, H, K, d).   weight: (B, K), in [0, 1], not all 0.
+        options: of scaled_dot_product_attention.
+
+    Source: the policy softmax of DynamicViT (2106.02034); this form of it is ours.
+    """
+    size = v.shape[-1]
+    spare = -(size + 1) % 8  # head sizes that fused kernels like
+    factor = weight.to(v.dtype)[:, None, :, None]
+    one = factor.expand(-1, v.shape[1], -1, -1)
+    v = F.pad(torch.cat([v * factor, one], dim=-1), (0, spare))
+    q, k = F.pad(q, (0, 1 + spare)), F.pad(k, (0, 1 + spare))
+    mixed = F.scaled_dot_product_attention(q, k, v, scale=scale, **options)  # type: ignore[arg-type]
+    least = max(_EPSILON, torch.finfo(v.dtype).tiny)
+    return mixed[..., :size] / mixed[..., size : size + 1].clamp(min=least)
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Packing | None,
+    keys: Packing | None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Attention of each row's queries to its own keys, either of them packed.
+
+    Args:
+        q: (B, H, N, d), or (1, H, T, d) with `queries`.   k, v: likewise, with `keys`.
+        key_mask: (B, K) bool, or (1, T) with `keys`; True on visible keys, None when all are.
+
+    Returns:
+        As q. One varlen kernel on CUDA in half precision, else padded attention.
+    """
+    if _varlen_fits(q, k) and (key_mask is None or keys is not None):
+        return _varlen(q, k, v, queries, keys, key_mask)
+    mask = key_mask
+    if keys is not None:
+        seen = keys.valid
+        if key_mask is not None:
+            seen = seen & keys.grid(key_mask[0])
+        k, v, mask = _padded(k, keys), _padded(v, keys), seen
+    wide = q if queries is None else _padded(q, queries)
+    mask = None if mask is None else mask[:, None, None, :]
+    mixed = F.scaled_dot_product_attention(wide, k, v, attn_mask=mask)
+    if queries is None:
+        return mixed
+    return queries.flat(mixed.transpose(1, 2)).transpose(0, 1).unsqueeze(0)
+
+
+def _padded(x: Tensor, packing: Packing) -> Tensor:
+    """(1, H, T, d) -> (B, H, n, d)."""
+    return packing.grid(x[0].transpose(0, 1)).transpose(1, 2)
+
+
+def _varlen_fits(q: Tensor, k: Tensor) -> bool:
+    return (
+        varlen_attn is not None
+        and q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] % 8 == 0
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
+
+
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Packing | None,
+    keys: Packing | None,
+    key_mask: Tensor | None,
+) -> Tensor:
+    """`packed_attention` by torch's varlen kernel; masked keys carry weight 0."""
+    assert varlen_attn is not None
+    size, scale = q.shape[-1], q.shape[-1] ** -0.5
+    if key_mask is not None:
+        weight = key_mask.to(v.dtype)[:, None, :, None].expand(-1, v.shape[1], -1, -1)
+        v = F.pad(torch.cat([v * weight, weight], dim=-1), (0, 7))
+        q, k = F.pad(q, (0, 8)), F.pad(k, (0, 8))
+    q_flat, q_starts, q_longest = _flat(q, queries)
+    k_flat, k_starts, k_longest = _flat(k, keys)
+    v_flat, _, _ = _flat(v, keys)
+    mixed = varlen_attn(
+        q_flat, k_flat, v_flat, q_starts, k_starts, q_longest, k_longest, scale=scale
+    )
+    assert isinstance(mixed, Tensor)
+    if key_mask is not None:
+        share = mixed[..., size : size + 1].clamp(min=torch.finfo(v.dtype).tiny)
+        mixed = mixed[..., :size] / share
+    if queries is not None:
+        return mixed.transpose(0, 1).unsqueeze(0)
+    return mixed.unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+
+
+def _flat(x: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor, int]:
+    """(B, H, N, d) or packed (1, H, T, d) -> (T, H, d), starts (B + 1,) and the longest row."""
+    flat = x.transpose(1, 2).flatten(0, 1)
+    if packing is not None:
+        return flat, packing.starts, packing.longest
+    rows, length = x.shape[0], x.shape[2]
+    starts = torch.arange(0, (rows + 1) * length, length, device=x.device, dtype=torch.int32)
+    return flat, starts, length
