@@ -189,7 +189,10 @@ class Attention(nn.Module):
             raise ValueError("this attention has no keys of its own: it needs `memory`")
         if chosen is not None and memory is None and self.shared_heads is None:
             rows = Entries(_entries(chosen, self.head_dim))
-            memory = self._split(self.k(context, rows=rows)), self._split(self.v(context, rows=rows))
+            memory = (
+                self._split(self.k(context, rows=rows)),
+                self._split(self.v(context, rows=rows)),
+            )
         elif memory is None or chosen is not None:
             k, v = memory or self.keys_values(context, self, trace=trace, compact=cache is None)
             memory = (k, v) if chosen is None else (k[:, chosen], v[:, chosen])

@@ -46,12 +46,13 @@ class TokenStream:
         packing: None, or how the rows are packed.
         places: (B, n), packed (T,): place of each token among the first N; None: as at the start.
         protected: tokens at the start of each row that never go.
-        tokens: N.
+        packs: mode "packed" packs these tokens; False: it moves them to the front, as "gather".
+        tokens, rows: N and B.
     """
 
-    def __init__(self, x: Tensor, mask: Tensor | None, protected: int) -> None:
-        self.mask, self.protected, self.tokens = mask, protected, x.shape[1]
-        self.rows = x.shape[0]
+    def __init__(self, x: Tensor, mask: Tensor | None, protected: int, packs: bool = True) -> None:
+        self.mask, self.protected, self.packs = mask, protected, packs
+        self.rows, self.tokens = x.shape[0], x.shape[1]
         self.packing: Packing | None = None
         self.places: Tensor | None = None
         self._count: Tensor | None = None
@@ -151,7 +152,7 @@ class TokenStream:
         site = TrimSite(logits, kept, movable, places, self.tokens, before)
         if trimmers.mode == "mask":
             self._forget(kept)
-        elif trimmers.mode != "packed":
+        elif trimmers.mode != "packed" or not self.packs:
             x = self._compact(x, kept > 0, counts[layer] if trimmers.fixed else None)
         elif context or trimmers.repack is None or layer in trimmers.repack:
             x = self._pack(x, kept > 0)

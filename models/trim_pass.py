@@ -128,7 +128,9 @@ class TextPass:
         active = trimmers is not None and trimmers.mode != "off"
         self.trimmers = trimmers if active else None
         self.record = TrimRecord() if active else None
-        self.stream, self.first, self.causal = TokenStream(x, mask, 1), first, causal
+        # Text is short and everything behind it reads rows: it is never packed.
+        self.stream = TokenStream(x, mask, 1, packs=False)
+        self.first, self.causal = first, causal
         self.states = [states for states, _ in contexts]
         self.read = [TokenStream(states, seen, 1) for states, seen in contexts]
         if self.trimmers is not None:
