@@ -239,8 +239,8 @@ class Attention(nn.Module):
         scale = self.head_dim**-0.5
         if self.heads == 0:
             empty = x.new_zeros(x.shape[0], 0, x.shape[1], self.head_dim)
-            keys = x.new_zeros(x.shape[0], 0, context.shape[1], self.head_dim)
-            record = _trace(empty, keys, scale, key_mask, causal) if trace else None
+            none = x.new_zeros(x.shape[0], 0, context.shape[1], self.head_dim)
+            record = _trace(empty, none, scale, key_mask, causal) if trace else None
             return self.out(x), record
         chosen, factors = self._choose(kept_heads, trace)
         # With a cache all heads take part: it outlives the gates of one pass.
@@ -250,8 +250,8 @@ class Attention(nn.Module):
         q = self._split(self.q(x, rows=ALL if trace else Entries(gates.kept)))
         k, v = self._own_keys(context, memory, cache, grows, trace, chosen)
         record = _trace(q, k, scale, key_mask, causal) if trace else None
-        if trace and gates.kept is not None:
-            kept = self.gate.kept
+        kept = self.gate.kept if gates.kept is not None else None
+        if trace and kept is not None:
             q, k = q.index_select(1, kept), k.index_select(1, kept)
         if queries is not None or keys is not None:
             mixed = _packed(q, k, v, queries, keys, key_mask)
@@ -259,8 +259,8 @@ class Attention(nn.Module):
             dropout = self.dropout if self.training else 0.0
             mixed = _unfold(_mix(_fold(q, k.shape[0]), k, v, key_mask, causal, dropout), q.shape[0])
         if factors is not None:
-            if gates.kept is not None:
-                factors = factors.index_select(1, self.gate.kept)
+            if kept is not None:
+                factors = factors.index_select(1, kept)
             mixed = mixed * _head_factors(factors, queries).to(mixed.dtype)
         return self.out(mixed.transpose(1, 2).flatten(2), columns=gates), record
 

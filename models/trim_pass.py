@@ -201,14 +201,12 @@ class TextPass:
         if cache is not None and cache.own.held is not None:
             return cache.heads  # the first token has passed
         first = self.stream.first(x)
-        own, kept = trimmers.choose_heads("heads", number, first)
-        if kept is not None:
-            record.heads[number] = kept
-        cross = None
+        own = cross = None
+        if str(number) in trimmers.heads:
+            own, record.heads[number] = trimmers.choose_heads("heads", number, first)
         if turn is not None and str(number) in trimmers.cross_heads:
             other = self._image_first(turn, len(x))
             cross, kept = trimmers.choose_heads("cross_heads", number, first, other)
-            assert kept is not None
             record.cross_heads[number] = kept
         if cache is not None:
             cache.heads = own, cross

@@ -241,8 +241,8 @@ class Trimmers(nn.Module):
 
     def choose_heads(
         self, kind: str, layer: int, first: Tensor, other: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """What the attention of `layer` is told, and the decision (B, H); (None, None) without one.
+    ) -> tuple[Tensor, Tensor]:
+        """What the attention of `layer` is told, and the decision (B, H).
 
         Args:
             kind: "heads" or "cross_heads".   first, other: as of `HeadTrimmer`.
@@ -252,8 +252,6 @@ class Trimmers(nn.Module):
             that stay instead, (H',) int64.
         """
         trimmers: nn.ModuleDict = getattr(self, kind)
-        if str(layer) not in trimmers:
-            return None, None
         kept = decide(trimmers[str(layer)](first, other), tau=self.noise)
         if self.mode in ("gather", "packed") and kept.shape[0] == 1:
             return kept[0].nonzero().squeeze(1), kept

@@ -250,7 +250,8 @@ def test_captions_with_a_cache_equal_those_without(mode, beams):
     prompt = batch.ids[:, :3].clamp(min=5)
     search = GenerationSettings(end_id=3, beams=beams, max_length=9)
     found = [
-        generate(model, prompt, states, seen, settings=search, use_cache=use) for use in (True, False)
+        generate(model, prompt, states, seen, settings=search, use_cache=use)
+        for use in (True, False)
     ]
     assert torch.equal(found[0].ids, found[1].ids)
     torch.testing.assert_close(found[0].scores, found[1].scores, **CLOSE)
