@@ -6,12 +6,14 @@ docs/trimming.md.
 
 from models.trimming.convert import default_trimming, with_trimming, without_trimming
 from models.trimming.cost import Costs, dense_macs, expected_macs
+from models.trimming.see import see
 
 __all__ = [
     "Costs",
     "default_trimming",
     "dense_macs",
     "expected_macs",
+    "see",
     "with_trimming",
     "without_trimming",
 ]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed
 
 from models.generation import GenerationSettings, generate
+from models.trimming import see
 from train.evaluation.caption_metrics import caption_scores
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class CaptionWriter:
 
     def __call__(self, model: XVLM, batch: CaptionBatch) -> list[str]:
         """One caption for each row, without the prompt."""
-        states = model.encode_image(batch.images).last[batch.image_index]
+        _, ((states, seen),) = see(model, batch.images, (batch.image_index,), batch.prompt, None)
         settings = GenerationSettings(
             end_id=self.tokenizer.sep_token_id,
             pad_id=self.tokenizer.pad_token_id,
@@ -55,7 +56,7 @@ class CaptionWriter:
             max_length=min(self.max_length, model.config.text.max_positions),
             min_length=self.min_length,
         )
-        found = generate(model, batch.prompt, states, settings=settings)
+        found = generate(model, batch.prompt, states, seen, settings=settings)
         rows = zip(found.ids.tolist(), found.lengths.tolist(), strict=True)
         return [
             self.tokenizer.decode(ids[batch.prompt_tokens : length], skip_special_tokens=True)

@@ -22,6 +22,7 @@ from data_pipeline.text import TextEncoder, load_tokenizer
 from data_pipeline.transforms import resize
 from models import from_pretrained
 from models.generation import GenerationSettings, generate
+from models.trimming import see
 from train.evaluation.vqa import AnswerList, rank_states
 
 __all__ = ["Box", "Match", "PROMPT", "Predictor", "TASKS", "Truth", "draw_box", "read_picture"]
@@ -109,8 +110,9 @@ class Predictor:
         answers = self._answer_list()
         with torch.inference_mode():
             ids, mask = self._text(question)
-            states = self.model.multimodal(ids, mask, self._states(image)).last
-            best = rank_states(self.model, states, mask, answers, self.top_k)
+            asked = self.model.multimodal(ids, mask, *self._states(ids, mask, image)[0])
+            left = mask if asked.mask is None else asked.mask
+            best = rank_states(self.model, asked.last, left, answers, self.top_k)
         return answers.strings[int(best[0])]
 
     def caption(self, image: Picture, prompt: str = PROMPT) -> str:
@@ -128,7 +130,8 @@ class Predictor:
         )
         with torch.inference_mode():
             ids = torch.tensor([start], device=self.device)
-            found = generate(self.model, ids, self._states(image), settings=settings)
+            ((states, seen),) = self._states(ids, None, image)
+            found = generate(self.model, ids, states, seen, settings=settings)
         tokens = found.ids[0, len(start) : int(found.lengths[0])].tolist()
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
@@ -138,9 +141,10 @@ class Predictor:
         model = self.model
         with torch.inference_mode():
             ids, mask = self._text(text)
-            states, words = self._states(image), model.encode_text(ids, mask).last
+            ((states, seen),) = self._states(ids, mask, image)
+            words = model.encode_text(ids, mask).last
             similarity = (model.image_feature(states) * model.text_feature(words)).sum()
-            logits = model.match_logits(model.fuse(words, mask, states).last)
+            logits = model.match_logits(model.fuse(words, mask, states, seen).last)
         return Match(float(similarity), float(logits.float().softmax(-1)[0, 1]))
 
     def truth(self, first: Picture, second: Picture, statement: str) -> Truth:
@@ -148,8 +152,8 @@ class Predictor:
         self._need("nlvr2")
         with torch.inference_mode():
             ids, mask = self._text(statement)
-            states = (self._states(first), self._states(second))
-            logits = self.model.truth_logits(self.model.multimodal(ids, mask, states).last)
+            states, seen = zip(*self._states(ids, mask, first, second), strict=True)
+            logits = self.model.truth_logits(self.model.multimodal(ids, mask, states, seen).last)
         probability = float(logits.float().softmax(-1)[0, 1])
         return Truth(probability > 0.5, probability)
 
@@ -159,7 +163,7 @@ class Predictor:
         picture = read_picture(image)
         with torch.inference_mode():
             ids, mask = self._text(expression)
-            fused = self.model.multimodal(ids, mask, self._states(picture)).last
+            fused = self.model.multimodal(ids, mask, *self._states(ids, mask, picture)[0]).last
             cx, cy, width, height = self.model.predict_box(fused)[0].tolist()
         left, right = _span(cx, width, picture.width)
         top, bottom = _span(cy, height, picture.height)
@@ -197,12 +201,15 @@ class Predictor:
         ids = torch.tensor([tokens], device=self.device)
         return ids, torch.ones_like(ids, dtype=torch.bool)
 
-    def _states(self, image: Picture) -> Tensor:
-        """(1, P, D) states of a picture."""
+    def _states(
+        self, ids: Tensor, mask: Tensor | None, *pictures: Picture
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """States (1, P, D) of each picture, seen with a text (1, L), and what may be read of them."""
         side = self.model.config.vision.image_size
-        pixels = resize(np.array(read_picture(image)), side, side)
-        images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-        return self.model.encode_image(images.to(self.device)).last
+        pixels = np.stack([resize(np.array(read_picture(p)), side, side) for p in pictures])
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device)
+        indices = [torch.tensor([number], device=self.device) for number in range(len(pictures))]
+        return see(self.model, images, indices, ids, mask)[1]
 
 
 def _span(centre: float, size: float, pixels: int) -> tuple[float, float]:

@@ -144,10 +144,10 @@ class _Matcher:
         places = torch.searchsorted(self.pairs, begins * self.total).tolist()
         number = 0
         for batch in batches():
-            images = model.encode_image(batch.images).last
-            for row in batch.image_valid.nonzero().flatten().tolist():
+            images = model.encode_image(batch.images)
+            for row in batch.image_valid.nonzero().flatten():
                 span = slice(places[number], places[number + 1])
-                self.scores[span] = self._match(model, images[row : row + 1], states, span)
+                self.scores[span] = self._match(model, images.context(row[None]), states, span)
                 number += 1
 
     def _text_states(self, model: XVLM) -> Tensor:
@@ -160,13 +160,15 @@ class _Matcher:
         ]
         return torch.cat(parts)
 
-    def _match(self, model: XVLM, image: Tensor, states: Tensor, span: slice) -> Tensor:
+    def _match(
+        self, model: XVLM, image: tuple[Tensor, Tensor | None], states: Tensor, span: slice
+    ) -> Tensor:
         texts = self.pairs[span] % self.total
         scores = []
         for at in range(0, len(texts), _ROWS):
             rows = texts[at : at + _ROWS]
             mask = self.split.masks[rows, : states.shape[1]]
-            fused = model.fuse(states[rows], mask, image)  # one image for all rows
+            fused = model.fuse(states[rows], mask, *image)  # one image for all rows
             scores.append(model.match_logits(fused.last)[:, 1].float())
         return torch.cat(scores) if scores else self.scores[span]
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from models.trimming import see
+
 if TYPE_CHECKING:
     from data_pipeline.batches import VqaBatch
     from models.xvlm import XVLM
@@ -124,11 +126,11 @@ def rank_answers(
 
     Images are encoded once each, whatever the number of questions.
     """
-    images = model.encode_image(batch.images).last
-    states = model.multimodal(
-        batch.question_ids, batch.question_mask, images[batch.image_index], None
-    ).last
-    return rank_states(model, states, batch.question_mask, answers, top_k, published)
+    ids, mask = batch.question_ids, batch.question_mask
+    _, ((states, seen),) = see(model, batch.images, (batch.image_index,), ids, mask)
+    asked = model.multimodal(ids, mask, states, seen)
+    left = mask if asked.mask is None else asked.mask
+    return rank_states(model, asked.last, left, answers, top_k, published)
 
 
 def rank_states(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data_pipeline.task_batches import CaptionBatch
 from models.config import ModelConfig
+from models.trimming import see
 from models.xvlm import XVLM
 from train.config import KdConfig
 from train.evaluation.captioning import CaptionWriter, evaluate_captions
@@ -54,9 +55,10 @@ class CaptionTask(MultimodalTask):
 
     def run(self, model: XVLM, batch: CaptionBatch, side: str) -> Passes:
         captures = self.captures(side)
-        image = model.encode_image(batch.images, captures[0])
-        states = image.last[batch.image_index]
-        text = model.decode(batch.text_ids, batch.text_mask, states, None, captures[1])
+        # What has been written must not choose what is seen: the prompt alone does.
+        index, prompt = (batch.image_index,), batch.text_ids[:, : batch.prompt_tokens]
+        image, ((states, seen),) = see(model, batch.images, index, prompt, None, captures[0])
+        text = model.decode(batch.text_ids, batch.text_mask, states, seen, captures[1])
         return Passes(image, text, text.logits)
 
     def task_terms(

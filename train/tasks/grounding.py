@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.task_batches import GroundingBatch
+from models.trimming import see
 from models.xvlm import XVLM
 from train.evaluation.grounding import box_sums
 from train.evaluation.pretrain import box_iou
@@ -28,9 +29,11 @@ class GroundingTask(MultimodalTask):
 
     def run(self, model: XVLM, batch: GroundingBatch, side: str) -> Passes:
         captures = self.captures(side)
-        image = model.encode_image(batch.images, captures[0])
-        states = image.last[batch.image_index]
-        text = model.multimodal(batch.text_ids, batch.text_mask, states, None, captures[1])
+        ids, mask = batch.text_ids, batch.text_mask
+        image, ((states, seen),) = see(
+            model, batch.images, (batch.image_index,), ids, mask, captures[0]
+        )
+        text = model.multimodal(ids, mask, states, seen, captures[1])
         return Passes(image, text, model.predict_box(text.last))
 
     def task_terms(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.task_batches import Nlvr2Batch
+from models.trimming import see
 from models.xvlm import XVLM
 from train.losses.attention import widen
 from train.losses.distillation import logits_kl
@@ -28,9 +29,11 @@ class Nlvr2Task(MultimodalTask):
 
     def run(self, model: XVLM, batch: Nlvr2Batch, side: str) -> Passes:
         captures = self.captures(side)
-        image = model.encode_image(batch.images, captures[0])
-        both = (image.last[batch.image_index], image.last[batch.second_index])
-        text = model.multimodal(batch.text_ids, batch.text_mask, both, None, captures[1])
+        ids, mask = batch.text_ids, batch.text_mask
+        indices = (batch.image_index, batch.second_index)
+        image, contexts = see(model, batch.images, indices, ids, mask, captures[0])
+        states, seen = zip(*contexts, strict=True)
+        text = model.multimodal(ids, mask, states, seen, captures[1])
         return Passes(image, text, model.truth_logits(text.last))
 
     def task_terms(

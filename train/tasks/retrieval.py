@@ -42,6 +42,7 @@ __all__ = ["RetrievalTask"]
 class _Pass:
     image: EncoderOutput
     image_states: Tensor  # (B, P, D), the image of each row
+    image_mask: Tensor | None  # (B, P), what may be read of it
     text: EncoderOutput
     fused: EncoderOutput | None = None  # 3B rows, see `matching.match`
     logits: Tensor | None = None  # (3B, 2)
@@ -83,14 +84,20 @@ class RetrievalTask(Distils):
         pairs = (None, None) if plan is None else (plan.vision, plan.text)
         image = model.encode_image(batch.images, capture(pairs[0], side, kd))
         text = model.encode_text(batch.text_ids, batch.text_mask, capture(pairs[1], side, kd))
-        return _Pass(image, image.last[batch.image_index], text)
+        return _Pass(image, *image.context(batch.image_index), text)
 
     def _match(
         self, model: XVLM, done: _Pass, batch: RetrievalBatch, partners: Partners, side: str
     ) -> None:
         wanted = capture(None if self.plan is None else self.plan.fusion, side, self.kd, 0)
         done.fused, done.logits = match(
-            model, done.text.last, batch.text_mask, done.image_states, partners, capture=wanted
+            model,
+            done.text.last,
+            batch.text_mask,
+            done.image_states,
+            partners,
+            done.image_mask,
+            wanted,
         )
 
     def losses(

@@ -10,6 +10,7 @@ from torch import Tensor
 from data_pipeline.batches import VqaBatch
 from models.config import ModelConfig
 from models.outputs import Capture, EncoderOutput
+from models.trimming import see
 from models.xvlm import XVLM
 from train.config import KdConfig
 from train.evaluation.vqa import AnswerList, evaluate_batch
@@ -113,16 +114,17 @@ class VqaTask(Distils):
                 capture(plan.question, side, kd, cross_from=plan.text.student_layers),
                 capture(plan.decoder, side, kd, cross_from=0),
             )
-        image = model.encode_image(batch.images, captures[0])
-        states = image.last[batch.image_index]
-        question = model.multimodal(
-            batch.question_ids, batch.question_mask, states, None, captures[1]
+        ids, mask = batch.question_ids, batch.question_mask
+        image, ((states, seen),) = see(
+            model, batch.images, (batch.image_index,), ids, mask, captures[0]
         )
+        question = model.multimodal(ids, mask, states, seen, captures[1])
+        left = mask if question.mask is None else question.mask
         answer = model.decode(
             batch.answer_ids,
             batch.answer_mask,
             question.last[batch.answer_row],
-            batch.question_mask[batch.answer_row],
+            left[batch.answer_row],
             captures[2],
         )
         return _Pass(image, question, answer, answer.logits)

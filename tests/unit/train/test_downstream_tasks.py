@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from data_pipeline.batches import Batch
 from data_pipeline.task_batches import CaptionBatch, GroundingBatch, Nlvr2Batch, RetrievalBatch
 from models import presets
+from models.outputs import EncoderOutput
 from models.xvlm import XVLM
 from train.config import KdConfig
 from train.recipes_io import load_run_config
@@ -263,8 +264,10 @@ def test_accuracy_counts_valid_rows_and_an_iou_of_one_half():
     said[3] = 0.1  # filled up
 
     class Says:
-        def encode_image(self, *_: Any) -> Any:
-            return type("O", (), {"last": torch.zeros(4, 1)})
+        guided = False
+
+        def encode_image(self, *_: Any) -> EncoderOutput:
+            return EncoderOutput(torch.zeros(4, 1))
 
         multimodal = encode_image
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from models import presets
+from models.outputs import EncoderOutput
 from models.xvlm import XVLM
 from train.evaluation import runner, vqa
 from train.evaluation.latency import synthetic_batch
@@ -105,11 +106,13 @@ def test_the_published_score_counts_the_first_token_twice(answers) -> None:
     ids = AnswerList.of(list(log_p), Words())
 
     class Fixed:
-        def encode_image(self, images):
-            return SimpleNamespace(last=torch.zeros(images.shape[0], 2, 4))
+        guided = False
+
+        def encode_image(self, images, capture):
+            return EncoderOutput(torch.zeros(images.shape[0], 2, 4))
 
         def multimodal(self, ids, mask, image_states, image_mask):
-            return SimpleNamespace(last=torch.zeros(*ids.shape, 4))
+            return EncoderOutput(torch.zeros(*ids.shape, 4), mask=mask)
 
         def decode(self, given, mask, states, state_mask):
             logits = torch.full((*given.shape, 80), -20.0)
