@@ -45,6 +45,7 @@ from train.tasks.grounding import GroundingTask
 from train.tasks.nlvr2 import Nlvr2Task
 from train.tasks.pretrain import PretrainTask
 from train.tasks.retrieval import RetrievalTask
+from train.tasks.trim import TrimTask
 from train.tasks.vqa import VqaTask
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "build",
     "build_task",
     "load_answers",
+    "make_loader",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -121,6 +123,17 @@ def build_task(
     """The task of a run; without answers (VQA) or tokenizer (captioning) it trains and does not
     evaluate.
     """
+    task = _plain_task(config, student, teacher, answers, tokenizer)
+    return task if config.trim is None else TrimTask(task, config.trim, config.optim.steps)
+
+
+def _plain_task(
+    config: RunConfig,
+    student: XVLM,
+    teacher: XVLM | None,
+    answers: AnswerList | None,
+    tokenizer: Any,
+) -> Task:
     theirs = None if teacher is None else teacher.config
     common = (config.loss, config.kd, student.config, theirs)
     pairs = (config.negatives == "global", config.itc_scaling == "published")
@@ -153,7 +166,7 @@ def remote_options(remote: RemoteConfig) -> RemoteOptions:
     )
 
 
-def _loader(
+def make_loader(
     config: RunConfig,
     task: str,
     source: str | Sequence[SourceConfig],
@@ -243,7 +256,7 @@ def build(config: RunConfig, dist: Distributed) -> Run:
     leave_if_stopped("while the engine was built")
 
     def loader(kind: str, source: str | Sequence[SourceConfig], train: bool) -> Loader:
-        return _loader(config, kind, source, student.config, tokenizer, dist, train)
+        return make_loader(config, kind, source, student.config, tokenizer, dist, train)
 
     kind = config.task
     regions = config.data.region.probability > 0 and kind == "pretrain"

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from train.trim_config import TrimConfig
+
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
@@ -31,7 +33,7 @@ __all__ = [
     "per_rank",
 ]
 
-Stage = Literal["pretrain", "distill", "finetune", "prune"]
+Stage = Literal["pretrain", "distill", "finetune", "prune", "trim"]
 TaskName = Literal[
     "pretrain", "vqa", "nlvr2_pretrain", "nlvr2", "retrieval", "captioning", "grounding"
 ]
@@ -400,6 +402,7 @@ class RunConfig:
     label_smoothing: float = 0.0
     kd: KdConfig = KdConfig()
     prune: PruneConfig | None = None
+    trim: TrimConfig | None = None
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-STAGES = ("pretrain", "distill", "finetune", "prune")
+STAGES = ("pretrain", "distill", "finetune", "prune", "trim")
 _RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
@@ -120,6 +120,7 @@ def _verbs() -> dict[str, _Verb]:
         "distill": _Verb("train a student from a teacher", _stage),
         "finetune": _Verb("train a model for a task", _stage),
         "prune": _Verb("prune a model for a task, with its teacher", _stage),
+        "trim": _Verb("train a model to drop tokens and heads by itself", _stage),
         "launch": _Verb("start a stage on many processes", _launch),
         "eval": _Verb("metrics of a model on a task", _room("train.evaluation.commands")),
         "bench": _Verb(
@@ -189,6 +190,7 @@ def _stage_parser(name: str) -> argparse.ArgumentParser:
     recipe = {
         "pretrain": "blocksworld-pretrain-teacher",
         "finetune": "blocksworld-finetune-teacher",
+        "trim": "blocksworld-vqa-trim",
     }
     example = f"espalier {name} {recipe.get(name, f'blocksworld-{name}')} optim.steps=200"
     parser = argparse.ArgumentParser(

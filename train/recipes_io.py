@@ -189,6 +189,8 @@ def ineffective_keys(config: RunConfig, sources: dict[str, str]) -> list[str]:
     idle: dict[str, str] = {}
     if config.stage != "prune":
         idle["prune."] = f"stage {config.stage} does not prune"
+    if config.stage == "trim":
+        idle["teacher."] = "stage trim learns from its own full pass"
     if config.stage == "pretrain":
         idle["kd."] = idle["teacher."] = "stage pretrain has no teacher"
     if config.task != "pretrain":

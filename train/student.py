@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from models.initialise import (
     student_from_teacher,
     task_form,
 )
+from models.trimming import default_trimming, with_trimming
 from models.xvlm import XVLM
 from train.config import RunConfig
 
@@ -91,6 +92,23 @@ def model_config(config: RunConfig, vocab_size: int | None) -> ModelConfig:
     Raises:
         ValueError: image_size beside inline values, or one that the patches do not divide.
     """
+    return _with_sites(config, _dense_config(config, vocab_size))
+
+
+def _with_sites(config: RunConfig, known: ModelConfig) -> ModelConfig:
+    """With the trimmers that the run asks for; a model that has trimmers keeps them."""
+    trim = config.trim
+    if trim is None or known.trimming is not None:
+        return known
+    asked = {"vision": trim.vision, "fusion": trim.fusion, "text": trim.text}
+    changes: dict[str, Any] = {name: sites for name, sites in asked.items() if sites is not None}
+    if trim.guided is not None or trim.vision == ():
+        changes["guided"] = bool(trim.guided)
+    changes |= {"heads": trim.heads, "bottleneck": trim.bottleneck, "projection": trim.projection}
+    return replace(known, trimming=default_trimming(known, **changes))
+
+
+def _dense_config(config: RunConfig, vocab_size: int | None) -> ModelConfig:
     form, size = config.task, config.image_size
     if is_model_folder(config.model):
         known = ModelConfig.load(Path(str(config.model)) / "config.json")
@@ -111,7 +129,18 @@ def build_student(config: RunConfig, vocab_size: int, teacher: XVLM | None) -> F
     Raises:
         ValueError: `initialise.source` is "teacher" and there is none, or shapes do not fit.
     """
-    wanted = model_config(config, vocab_size)
+    trimming = model_config(config, vocab_size).trimming
+    first = _dense_student(config, vocab_size, teacher)
+    if config.trim is None or first.model.config.trimming is not None:
+        return first
+    model = with_trimming(first.model, trimming)
+    names = {name for name, _ in model.named_parameters() if ".trimmers." in name}
+    return replace(first, model=model, fresh=first.fresh | names)
+
+
+def _dense_student(config: RunConfig, vocab_size: int, teacher: XVLM | None) -> FirstWeights:
+    """Before trimmers are added, where the run adds any."""
+    wanted = _dense_config(config, vocab_size)
     init = config.initialise
     if is_model_folder(config.model):
         if init.task_vector is not None:

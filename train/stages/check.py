@@ -33,7 +33,7 @@ def check_stage(config: RunConfig) -> None:
         raise ValueError(
             f"task: stage {config.stage} trains task {needs_task!r}, not {config.task!r}"
         )
-    if config.stage in ("finetune", "prune") and config.task == "pretrain":
+    if config.stage in ("finetune", "prune", "trim") and config.task == "pretrain":
         raise ValueError(f"task: stage {config.stage} needs a downstream task such as vqa")
     if config.stage == "prune" and config.task == "nlvr2_pretrain":
         raise ValueError("task: nlvr2_pretrain comes before fine-tuning; prune task nlvr2")
@@ -49,6 +49,15 @@ def check_stage(config: RunConfig) -> None:
         )
     if config.stage != "prune" and config.prune is not None:
         raise ValueError(f"prune: stage {config.stage} does not prune; remove the section")
+    if (config.stage == "trim") != (config.trim is not None):
+        raise ValueError(
+            "trim: stage trim needs a `trim` section (trim.budget=0.5 for example), and only it"
+        )
+    if config.stage == "trim" and config.teacher.path is not None:
+        raise ValueError(
+            "teacher.path: stage trim learns from its own full pass (trim.distil_weight); leave "
+            "teacher.path out"
+        )
     if config.stage == "distill" and config.teacher.path is None:
         raise ValueError("teacher.path: stage distill needs a teacher model folder")
     if config.prune is not None:

@@ -6,22 +6,26 @@ import json
 import logging
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from models import from_pretrained
 from models.pruning.surgery import prune, sparsity_report
-from train.build import Run, answers_file, build
+from train.build import Run, answers_file, build, make_loader
 from train.config import RunConfig, per_rank
 from train.provenance import provenance
 from train.recipes_io import dump_run_yaml
 from train.runtime.distributed import finish, start
 from train.runtime.loop import save_model, train
 from train.runtime.signals import EXIT_STOPPED, Stopped, alone
+from train.stages.trim import finish_trimming
 from train.student import ORIGIN
+from train.tasks.trim import TrimTask
 
 __all__ = ["slim_model", "walk"]
 
 _LOG = logging.getLogger(__name__)
+_CALIBRATE = 2048  # held-out inputs, where eval.samples says all
 
 
 def walk(config: RunConfig, resume: str, rebase: bool = False) -> int:
@@ -55,6 +59,8 @@ def walk(config: RunConfig, resume: str, rebase: bool = False) -> int:
                 slim_model(run)
         if code == 0 and dist.rank == 0:
             keep_answers(run)
+            if isinstance(run.task, TrimTask):
+                calibrate(run, run.task)
         run.monitor.close()
         failed = False
         return code
@@ -66,6 +72,17 @@ def walk(config: RunConfig, resume: str, rebase: bool = False) -> int:
     finally:
         # After a failure the other ranks may be anywhere: no barrier then.
         finish(failed, code)
+
+
+def calibrate(run: Run, task: TrimTask) -> None:
+    """What the trimmers keep on held-out inputs (training inputs where a run has no others)."""
+    config, alone = run.config, replace(run.dist, rank=0, world_size=1)
+    source = config.data.train if config.data.val is None else config.data.val
+    config = replace(config, eval=replace(config.eval, samples=config.eval.samples or _CALIBRATE))
+    held_out = make_loader(
+        config, config.task, source, run.student.config, run.tokenizer, alone, False
+    )
+    finish_trimming(run.directory / "model", task, held_out, run.dist.device, run.tokenizer)
 
 
 def keep_answers(run: Run) -> None:

@@ -24,6 +24,7 @@ from train.tasks.kd import (
     stack_pairs,
     upper_part,
 )
+from train.tasks.scored import Scored
 
 __all__ = ["MultimodalTask", "PassPairs", "Part", "Passes", "part_terms"]
 
@@ -143,6 +144,27 @@ class MultimodalTask(Distils):
         kd, pixels = self.kd, self.project("vision")
         terms = pass_terms(kd, ours.image, theirs.image, plan.image, drop_last=True, project=pixels)
         return Part(terms, kd.image, kd.image_hidden)
+
+    def score(
+        self,
+        model: XVLM,
+        batch: Any,
+        context: StepContext,
+        share: dict[str, Tensor],
+        like: Scored | None = None,
+    ) -> Scored:
+        """One pass with its losses, see `Trimmable`."""
+        done = self.run(model, batch, "none")
+        terms = self.task_terms(done.output, batch, share)
+        metrics = self.metrics(done.output.detach(), batch, share)
+        return Scored(terms, metrics, done.output, done.image, done.text)
+
+    def imitate(
+        self, ours: Scored, theirs: Scored, batch: Any, share: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The task's distillation of outputs, from one pass to another."""
+        found = self.output_terms(ours.output, theirs.output.detach(), batch, share)
+        return {name.removeprefix("kd_"): value for name, value in found.items()}
 
     def losses(
         self, student: XVLM, teacher: Teacher | None, batch: Any, context: StepContext

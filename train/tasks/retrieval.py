@@ -34,6 +34,7 @@ from train.tasks.kd import (
 )
 from train.tasks.matching import Partners, match
 from train.tasks.multimodal import Part, part_terms
+from train.tasks.scored import Scored
 
 __all__ = ["RetrievalTask"]
 
@@ -100,21 +101,65 @@ class RetrievalTask(Distils):
             wanted,
         )
 
+    def score(
+        self,
+        model: XVLM,
+        batch: RetrievalBatch,
+        context: StepContext,
+        share: dict[str, Tensor],
+        like: Scored | None = None,
+    ) -> Scored:
+        """One pass with its losses, see `Trimmable`; negatives as in the pass before."""
+        done = self._encode(model, batch, "none")
+        itc, similarity = self._contrast(model, done, batch)
+        partners = self._partners(similarity, batch, context) if like is None else like.extra
+        self._match(model, done, batch, partners, "none")
+        assert done.logits is not None and done.fused is not None
+        labels = vl.matching_labels(batch.rows, done.logits.device)
+        return Scored(
+            {"itc": itc, "itm": vl.matching_loss(done.logits, labels)},
+            {"itm_accuracy": (done.logits.argmax(-1) == labels).float().mean()},
+            (done.logits, similarity),
+            done.image,
+            done.fused,
+            done.text,
+            extra=partners,
+        )
+
+    def imitate(
+        self, ours: Scored, theirs: Scored, batch: RetrievalBatch, share: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """KL of the matching head, and of the similarities over the global batch."""
+        (logits, similarity), (target, likeness) = ours.output, theirs.output
+        return {
+            "itm": logits_kl(logits, target.detach(), self.kd.temperature),
+            "itc": contrastive_kl(similarity, likeness.detach(), self.kd.temperature),
+        }
+
+    def _contrast(
+        self, model: XVLM, done: _Pass, batch: RetrievalBatch
+    ) -> tuple[Tensor, vl.Similarities]:
+        return vl.contrastive_loss(
+            model.image_feature(done.image_states),
+            model.text_feature(done.text.last),
+            model.temperature(),
+            self.published_itc,
+            groups=batch.groups,
+        )
+
+    def _partners(
+        self, similarity: vl.Similarities, batch: RetrievalBatch, context: StepContext
+    ) -> Partners:
+        local, same = not self.global_negatives, vl.same_pairs(batch.groups)
+        negatives = vl.hard_negatives(similarity, context.generator, same=same, local=local)
+        return Partners(negatives, batch.rows, local)
+
     def losses(
         self, student: XVLM, teacher: Teacher | None, batch: RetrievalBatch, context: StepContext
     ) -> Losses:
         done = self._encode(student, batch, "student")
-        itc, similarity = vl.contrastive_loss(
-            student.image_feature(done.image_states),
-            student.text_feature(done.text.last),
-            student.temperature(),
-            self.published_itc,
-            groups=batch.groups,
-        )
-        local = not self.global_negatives
-        same = vl.same_pairs(batch.groups)
-        negatives = vl.hard_negatives(similarity, context.generator, same=same, local=local)
-        partners = Partners(negatives, batch.rows, local)
+        itc, similarity = self._contrast(student, done, batch)
+        partners = self._partners(similarity, batch, context)
         partners.share_with(teacher)
         self._match(student, done, batch, partners, "student")
         assert done.logits is not None

@@ -19,6 +19,7 @@ from train.losses.distillation import LayerPairs, logits_kl
 from train.runtime.teacher import Teacher
 from train.tasks.base import Losses, StepContext, scaled
 from train.tasks.kd import Distils, capture, hidden_projections, pass_terms, stack_pairs, upper_part
+from train.tasks.scored import Scored
 
 __all__ = ["VqaTask"]
 
@@ -135,22 +136,54 @@ class VqaTask(Distils):
         if teacher is not None:
             teacher.inputs_ready()  # it reads the batch alone
         done = self._run(student, batch, "student")
-        loss = vl.answer_loss(
-            done.logits, batch.answer_ids, batch.answer_mask, batch.answer_weight, batch.rows
-        )
         share = self.shares(batch, context)
+        terms, metrics = self._answer(done.logits, batch, share)
         task = 1.0 if teacher is None else self.kd.task_weight
-        terms = {"answer": scaled(loss, share["questions"])}
         weights = {"answer": task * self.weights.get("answer", 1.0)}
         if teacher is not None:
             extra, extra_weights = self._distil(teacher, done, batch, share)
             terms |= extra
             weights |= extra_weights
-        right = (done.logits[:, 0].argmax(-1) == batch.answer_ids[:, 1]).float()
+        return Losses(terms, weights, metrics)
+
+    @staticmethod
+    def _answer(
+        logits: Tensor, batch: VqaBatch, share: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The loss, and what is logged beside it."""
+        loss = vl.answer_loss(
+            logits, batch.answer_ids, batch.answer_mask, batch.answer_weight, batch.rows
+        )
+        right = (logits.detach()[:, 0].argmax(-1) == batch.answer_ids[:, 1]).float()
         weight = batch.answer_weight
         accuracy = (right * weight).sum() / weight.sum().clamp(min=1e-6)
-        metrics = {"first_token_accuracy": scaled(accuracy, share["answer_weight"])}
-        return Losses(terms, weights, metrics)
+        return (
+            {"answer": scaled(loss, share["questions"])},
+            {"first_token_accuracy": scaled(accuracy, share["answer_weight"])},
+        )
+
+    def score(
+        self,
+        model: XVLM,
+        batch: VqaBatch,
+        context: StepContext,
+        share: dict[str, Tensor],
+        like: Scored | None = None,
+    ) -> Scored:
+        """One pass with its losses, see `Trimmable`."""
+        done = self._run(model, batch, "none")
+        terms, metrics = self._answer(done.logits, batch, share)
+        length = batch.answer_ids.shape[1]
+        return Scored(terms, metrics, done.logits, done.image, done.question, answer_tokens=length)
+
+    def imitate(
+        self, ours: Scored, theirs: Scored, batch: VqaBatch, share: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """KL of the answers' next tokens, where there is one."""
+        asked = batch.answer_mask[:, 1:]
+        target = theirs.output.detach()[:, :-1]
+        value = logits_kl(ours.output[:, :-1], target, self.kd.temperature, asked)
+        return {"answer": scaled(value, share["answer_tokens"])}
 
     def _distil(
         self, teacher: Teacher, done: _Pass, batch: VqaBatch, share: dict[str, Tensor]
