@@ -76,7 +76,7 @@ def supervise(
         with job.job_folder(jobs) as folder:
             plan = make(folder)
             _say(describe(plan))
-            code, received = _run_once(plan, folder)
+            code, signalled = _run_once(plan, folder)
             verdict = job.judge(folder, code, plan.ranks_report)
             begun = not plan.ranks_report or any(folder.glob("rank_*"))
             if signalled and not begun and verdict.code not in (0, job.EXIT_USAGE):
@@ -85,8 +85,8 @@ def supervise(
         for line in verdict.lines:
             _say(line)
         if told is not None:
-            told.extend(received)
-        crashed = verdict.code not in (0, job.EXIT_USAGE, job.EXIT_STOPPED) and not received
+            told.extend(signalled)
+        crashed = verdict.code not in (0, job.EXIT_USAGE, job.EXIT_STOPPED) and not signalled
         if not crashed or restarts <= 0:
             return verdict.code
         restarts -= 1
