@@ -66,6 +66,8 @@ def full_state(run: Any) -> dict[str, torch.Tensor]:
     give them; the same on every rank.
     """
     engine, found = run.engine, {}
+    moment: Any = safe_get_full_optimizer_state
+    master: Any = safe_get_full_fp32_param
     stage = engine.zero_optimization_stage()
     if stage in (1, 2):  # DeepSpeed does it in the first step, when there are no moments yet
         engine.optimizer._hp_optimizer_states_linked = False
@@ -79,9 +81,9 @@ def full_state(run: Any) -> dict[str, torch.Tensor]:
             if stage == 0:
                 found[f"{name} {key}"] = engine.optimizer.state[parameter][key].flatten()
             else:
-                found[f"{name} {key}"] = safe_get_full_optimizer_state(parameter, key).flatten()
+                found[f"{name} {key}"] = moment(parameter, key).flatten()
         if stage:
-            found[f"{name} master"] = safe_get_full_fp32_param(parameter).flatten()
+            found[f"{name} master"] = master(parameter).flatten()
     base = engine.optimizer if stage == 0 else engine.optimizer.optimizer
     found["steps"] = torch.tensor(sorted({float(s["step"]) for s in base.state.values()}))
     found |= {name: buffer.clone() for name, buffer in run.student.named_buffers()}
