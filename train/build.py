@@ -23,6 +23,7 @@ from train.evaluation.captioning import CaptionWriter
 from train.evaluation.pictures import pretrain_pictures, vqa_pictures
 from train.evaluation.pretrain import evaluate_pretraining
 from train.evaluation.runner import EvaluatesSplit, evaluate
+from train.evaluation.task_pictures import task_pictures
 from train.evaluation.vqa import AnswerList
 from train.monitor import Monitor
 from train.monitor.flops import StepCost, step_cost
@@ -317,7 +318,7 @@ def _validate(run: Run, held_out: Loader, places: Loader | None) -> dict[str, fl
 def _pictures(
     run: Run, step: int, answers: AnswerList | None, held_out: Loader, places: Loader | None
 ) -> None:
-    """Held-out examples; a task without a way to show any has none."""
+    """Held-out examples: what the model says beside the truth."""
     if run.config.task == "pretrain":
         pretrain_pictures(
             run.monitor,
@@ -330,9 +331,13 @@ def _pictures(
             run.teacher,
         )
         return
-    if answers is None:
-        return
     with run.gates.evaluation() if run.gates is not None else nullcontext():
+        if answers is None:
+            writer = getattr(run.task, "writer", None)
+            task_pictures(
+                run.config.task, run.monitor, step, run.student, held_out, run.dist, writer
+            )
+            return
         vqa_pictures(
             run.monitor,
             step,
