@@ -62,15 +62,16 @@ def read_jobs(command: Sequence[str], listed: str | None, queue: Path) -> list[J
     """
     everything = list(command)
     commands = _expand(everything, queue) if listed is None else _lines(Path(listed), everything)
-    jobs, seen = [], set()
+    jobs: dict[str, Job] = {}
     for words in commands:
-        job = Job(_name(words), tuple(words), _own_out(words))
-        if job.name in seen:
+        name = _name(words)
+        if name in jobs and jobs[name].command != tuple(words):  # they differ in out=, or far back
+            name = f"{name}-{zlib.crc32(shlex.join(words).encode()):08x}"
+        if name in jobs:
             raise ValueError(f"--array: {shlex.join(words)} is listed twice")
-        seen.add(job.name)
-        jobs.append(job)
-    _check_outs(jobs)
-    return jobs
+        jobs[name] = Job(name, tuple(words), _own_out(words))
+    _check_outs(list(jobs.values()))
+    return list(jobs.values())
 
 
 def _expand(command: list[str], queue: Path) -> list[list[str]]:
@@ -117,14 +118,11 @@ def _lines(path: Path, common: list[str]) -> list[list[str]]:
 
 
 def _name(words: Sequence[str]) -> str:
-    """verb-recipe and its overrides, as a file name."""
+    """verb-recipe and its overrides, as a file name; out= says where, not what."""
     verb, *rest = words
     parts = [Path(rest[0]).name.removesuffix(".yaml") if rest else "", *rest[1:]]
-    name = re.sub(r"[^\w.=+-]+", "_", "-".join([verb, *filter(None, parts)]))
-    if len(name) <= _LONGEST_NAME and (not rest or "/" not in rest[0]):
-        return name
-    # Two recipes of one name in different folders, or a long one, are told apart by a checksum.
-    return f"{name[:_LONGEST_NAME]}-{zlib.crc32(shlex.join(words).encode()):08x}"
+    kept = [part for part in parts if part and not part.startswith("out=")]
+    return re.sub(r"[^\w.=+-]+", "_", "-".join([verb, *kept]))[:_LONGEST_NAME]
 
 
 def _own_out(words: Sequence[str]) -> str | None:
@@ -148,7 +146,7 @@ def _check_outs(jobs: Sequence[Job]) -> None:
 
 def resolved(job: Job) -> Job:
     """The job with its run directory, as its recipe says. Raises ValueError on a wrong recipe."""
-    if job.out is not None or job.command[0] not in STAGES:
+    if job.command[0] not in STAGES:
         return job
     words = [word for word in job.command[2:] if _is_override(word)]
     argv = [sys.executable, "-m", MODULE, "config", "show", job.command[1], *words]
