@@ -214,7 +214,7 @@ def measured(step: Step, sparsity: float, args: argparse.Namespace) -> dict[str,
     )
     teacher = seconds.pop("teacher")
     result: dict[str, Any] = {
-        "closed": 1.0 - float(calls["mask"].gates.bank.probabilities_open().mean()),
+        "closed": 1.0 - calls["mask"].gates.bank.probabilities_open().mean().item(),
         "difference": difference,
         "teacher_seconds": spread(teacher),
     }
