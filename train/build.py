@@ -27,6 +27,7 @@ from train.evaluation.task_pictures import task_pictures
 from train.evaluation.vqa import AnswerList
 from train.monitor import Monitor
 from train.monitor.flops import StepCost, step_cost
+from train.pruning.make import make_budget
 from train.runtime.distributed import Distributed
 from train.runtime.engine import (
     build_engine,
@@ -198,7 +199,9 @@ def _loader(
     )
 
 
-def _gates(config: RunConfig, student: XVLM, dist: Distributed) -> GateOptimizer | None:
+def _gates(
+    config: RunConfig, student: XVLM, teacher: XVLM | None, dist: Distributed
+) -> GateOptimizer | None:
     if config.prune is None:
         return None
     bank = GateBank.of_model(
@@ -208,7 +211,10 @@ def _gates(config: RunConfig, student: XVLM, dist: Distributed) -> GateOptimizer
         ffn_init_drop=config.prune.ffn_init_drop,
         seed=config.seed,
     )
-    return GateOptimizer(bank, config.prune, dist.device, dist.world_size)
+    bank.to(dist.device)
+    theirs = None if teacher is None else teacher.config
+    budget = make_budget(config, bank, student.config, theirs, dist)
+    return GateOptimizer(bank, config.prune, dist.device, dist.world_size, budget)
 
 
 def build(config: RunConfig, dist: Distributed) -> Run:
@@ -234,7 +240,7 @@ def build(config: RunConfig, dist: Distributed) -> Run:
     for part in task.frozen_parts():
         getattr(student, part).requires_grad_(False)
     _check_validation(config, task, dist)
-    gates = _gates(config, student, dist)
+    gates = _gates(config, student, teacher_model, dist)
     leave_if_stopped("while the models were loaded")
     engine = build_engine(
         config,

@@ -11,7 +11,7 @@ from torch import Tensor
 from models import presets
 from models.gates import GateBank
 from models.pruning.structure import meet_budget
-from models.pruning.surgery import prune, pruned_config, sparsity_report, widths, with_widths
+from models.pruning.surgery import prune, sparsity_report, widths, with_widths
 from models.xvlm import XVLM
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
