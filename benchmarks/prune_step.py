@@ -40,7 +40,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from models import presets  # noqa: E402
-from models.gates import LOG_ALPHA_HIGH, LOG_ALPHA_LOW, OPEN_SHIFT, GateBank  # noqa: E402
+from models.gates import LOG_ALPHA_HIGH, LOG_ALPHA_LOW, GateBank  # noqa: E402
+from models.kernels.reference_gates import OPEN_SHIFT  # noqa: E402
 from models.xvlm import XVLM  # noqa: E402
 from train.build import build_task  # noqa: E402
 from train.config import PruneConfig, RunConfig  # noqa: E402
