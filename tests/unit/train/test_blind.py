@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ class Pictures:
 def test_all_pictures_are_one_colour_and_nothing_else_changes() -> None:
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     loader = [Pictures(images, 7)]
-    blank = next(iter(BlankPictures(loader, (0.5, 0.0, 1.0))))  # type: ignore[arg-type]
+    blank: Any = next(iter(BlankPictures(loader, (0.5, 0.0, 1.0))))  # type: ignore[arg-type]
     assert blank.label == 7 and blank.images.shape == images.shape
     assert blank.images.flatten(2).amin(2).tolist() == [[128, 0, 255]] * 2
     assert torch.equal(blank.images.flatten(2).amin(2), blank.images.flatten(2).amax(2))
