@@ -72,7 +72,7 @@ def same(found: dict, expected: dict, **tolerance: Any) -> None:
 
 def masked_ffn(ffn: FeedForward, x: Tensor, z: Tensor) -> Tensor:
     hidden = F.linear(x, ffn.fc1.weight, ffn.fc1.bias)
-    f = ffn.activation
+    f = activation_function(ffn.activation)
     hidden = f(hidden * z) if ffn.gate_first else f(hidden) * z
     return F.linear(hidden, ffn.get_parameter("fc2.weight"), ffn.get_parameter("fc2.bias"))
 
