@@ -74,6 +74,8 @@ compiled=(--dtype bf16 --rounds 2 --set engine.compile=default teacher.compile=d
 step distill_224_compiled "${distill[@]}" --batch 128 "${compiled[@]}"
 step distill_384_compiled "${distill[@]}" --batch 64 --image-size 384 "${compiled[@]}"
 step model_step "$python" benchmarks/model_step.py --variants plain ours checkpointed compiled --json "$results/model_step-$gpu.json"
+# Goal: >= 1.5x at 60 % of the gates closed.
+step prune_step "$python" benchmarks/prune_step.py --json "$results/prune_step-$gpu.json"
 step fused_qkv "$python" benchmarks/fused_qkv.py --json "$results/fused_qkv-$gpu.json"
 step pretrain_kd_gain "$python" benchmarks/pretrain_kd_gain.py --steps 300 --seeds 0 1 2 \
   --json "$results/pretrain_kd_gain-$gpu.json"

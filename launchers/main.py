@@ -7,6 +7,8 @@
     espalier launch --slurm -n 16 --per-node 8 -- distill efficientvlm-4m
     espalier launch --mpi -n 4 -- distill efficientvlm-4m
     espalier launch --array -n 2 -- distill one.yaml two.yaml three.yaml optim.lr=1e-4
+    espalier launch --array -- prune vqa.yaml,prune.sparsity=0.25 vqa.yaml,prune.sparsity=0.35
+    espalier launch --array --jobs jobs.txt --queue runs/five-tasks
 
 Everything behind `--` is handed to `espalier` on every rank. Exit code 75 (stopped by a signal,
 checkpoint saved) is passed through: run the same command again to go on.
@@ -21,7 +23,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launchers import hostfile, local, mpi, slurm
-from launchers.job import EXIT_STOPPED, EXIT_USAGE, SHARED
+from launchers.array import Job, Queue, read_jobs, run_local
+from launchers.job import EXIT_USAGE, SHARED
 from launchers.supervise import Plan, describe, supervise
 
 __all__ = ["add_arguments", "run"]
@@ -90,7 +93,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one more option for deepspeed, mpirun or srun: --launcher-option=--ssh_port=2222",
     )
     parser.add_argument(
-        "--array", action="store_true", help="one job per recipe: VERB RECIPE RECIPE ... a.b=c"
+        "--array",
+        action="store_true",
+        help="a queue: VERB RECIPE RECIPE,a.b=c ... a.b=c; what is done is skipped, a table ends it",
+    )
+    parser.add_argument(
+        "--jobs",
+        metavar="FILE",
+        help="with --array: a list of jobs, one line `VERB RECIPE a.b=c` each",
+    )
+    parser.add_argument(
+        "--queue",
+        metavar="DIR",
+        default="runs/queue",
+        help="with --array: the folder that remembers jobs and gets the table (default: %(default)s)",
     )
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="one more sbatch option"
@@ -108,8 +124,7 @@ def run(arguments: Sequence[str] | argparse.Namespace) -> int:
     """Starts what the arguments (of `espalier launch`) ask for and returns its exit code."""
     try:
         options = arguments if isinstance(arguments, argparse.Namespace) else _parse(arguments)
-        jobs = _jobs(options)
-        return _start(options, jobs)
+        return _start(options, _jobs(options))
     except (ValueError, FileNotFoundError) as error:
         print(f"espalier launch: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -132,64 +147,66 @@ def _positive(text: str) -> int:
     return value
 
 
-def _jobs(options: argparse.Namespace) -> list[list[str]]:
-    """The commands to start: one, or with --array one per recipe."""
+def _jobs(options: argparse.Namespace) -> list[Job]:
+    """The commands to start: one, or with --array several."""
     command = list(options.command)
     if command[:1] == ["--"]:
         command = command[1:]
+    if options.jobs is not None:
+        if not options.array:
+            raise ValueError("--jobs is a list of jobs for --array: add it")
+        jobs = read_jobs(command, options.jobs, Path(options.queue))
+    else:
+        _check_verb(options, command)
+        if not options.array:
+            return [Job(shlex.join(command), tuple(command))]
+        jobs = read_jobs(command, None, Path(options.queue))
+    for job in jobs:
+        _check_verb(options, list(job.command))
+    return jobs
+
+
+def _check_verb(options: argparse.Namespace, command: list[str]) -> None:
     words = shlex.join(command)
     if not command or command[0] not in VERBS:
         found = f"not {command[0]!r}" if command else "nothing follows"
         raise ValueError(
             f"expected a verb ({', '.join(VERBS)}) behind `--`, {found}; see espalier launch --help"
         )
-    if command[0] == "data":
-        if not options.mpi or options.array:
-            raise ValueError(f"`data` verbs spread through MPI: espalier launch --mpi -- {words}")
-        if command[1:2] and command[1] not in _SPREAD:
-            raise ValueError(
-                f"`data {command[1]}` does not spread over ranks (only {', '.join(_SPREAD)} do); "
-                f"run it alone: espalier {words}"
-            )
-    if not options.array:
-        return [command]
-    end = 1
-    while end < len(command) and not command[end].startswith("-") and "=" not in command[end]:
-        end += 1
-    recipes, rest = command[1:end], command[end:]
-    if not recipes:
+    if command[0] != "data":
+        return
+    if not options.mpi or options.array:
+        raise ValueError(f"`data` verbs spread through MPI: espalier launch --mpi -- {words}")
+    if command[1:2] and command[1] not in _SPREAD:
         raise ValueError(
-            f"--array needs recipes right behind the verb: -- {command[0]} ONE.yaml TWO.yaml "
-            "[a.b=c ...]"
+            f"`data {command[1]}` does not spread over ranks (only {', '.join(_SPREAD)} do); "
+            f"run it alone: espalier {words}"
         )
-    return [[command[0], recipe, *rest] for recipe in recipes]
 
 
-def _start(options: argparse.Namespace, jobs: list[list[str]]) -> int:
+def _start(options: argparse.Namespace, jobs: list[Job]) -> int:
     _check(options, jobs)
     if options.slurm:
         return slurm.run(options, jobs)
-    worst = 0
-    for number, job in enumerate(jobs):
-        make = _planner(options, job)
-        if options.dry_run:
-            print(describe(make(Path(SHARED, "JOB"))))
-            continue
-        if len(jobs) > 1:
-            print(
-                f"espalier launch: job {number + 1} of {len(jobs)}: {shlex.join(job)}",
-                file=sys.stderr,
-            )
+    if options.dry_run:
+        for job in jobs:
+            print(describe(_planner(options, list(job.command))(Path(SHARED, "JOB"))))
+        return 0
+
+    def run_one(job: Job) -> tuple[int, bool]:
         shared = options.mpi or (options.hostfile and options.node_rank is None)
         parent = Path(options.job_folder or SHARED).resolve() if shared else None
-        code = supervise(make, restarts=options.max_restarts, jobs=parent)
-        if code == EXIT_STOPPED:
-            return code  # the user wants to stop, not to go on with the next recipe
-        worst = worst or code
-    return worst
+        told: list[int] = []
+        make = _planner(options, list(job.command))
+        code = supervise(make, restarts=options.max_restarts, jobs=parent, told=told)
+        return code, bool(told)
+
+    if options.array:
+        return run_local(Queue(Path(options.queue)), jobs, run_one)
+    return run_one(jobs[0])[0]
 
 
-def _check(options: argparse.Namespace, jobs: list[list[str]]) -> None:
+def _check(options: argparse.Namespace, jobs: list[Job]) -> None:
     if options.slurm and options.hostfile:
         raise ValueError("--slurm knows its machines: leave --hostfile out")
     if options.node_rank is None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from launchers.array import Job, Queue
 from launchers.job import EXIT_STOPPED, SHARED
 from launchers.local import MODULE, base_environment
 from launchers.supervise import Plan, describe, supervise
@@ -36,10 +37,10 @@ def srun_command(options: argparse.Namespace, job: list[str]) -> list[str]:
     return [*argv, sys.executable, "-u", "-m", MODULE, *job]
 
 
-def batch_script(options: argparse.Namespace, jobs: list[list[str]]) -> str:
+def batch_script(options: argparse.Namespace, jobs: list[Job]) -> str:
     """The sbatch script; with several jobs a job array that picks its own line."""
     header = [
-        f"--job-name=espalier-{jobs[0][0]}",
+        f"--job-name=espalier-{jobs[0].command[0]}",
         f"--signal=TERM@{WARNING_SECONDS}",
         "--output=slurm-%x-%j.out",
     ]
@@ -47,12 +48,12 @@ def batch_script(options: argparse.Namespace, jobs: list[list[str]]) -> str:
         header.append(f"--ntasks={options.processes}")
     if options.per_node:
         header.append(f"--ntasks-per-node={options.per_node}")
-    if len(jobs) > 1:
+    if options.array:
         header.append(f"--array=0-{len(jobs) - 1}")
     header += ["--requeue", "--open-mode=append"]  # the log of a requeued job goes on
-    header += [option if option.startswith("-") else f"--{option}" for option in options.sbatch]
+    header += options_of(options)
     cases = "\n".join(
-        f"  {number}) {shlex.join(srun_command(options, job))} ;;"
+        f"  {number}) {shlex.join(srun_command(options, list(job.command)))} ;;"
         for number, job in enumerate(jobs)
     )
     environment = "\n".join(
@@ -71,20 +72,34 @@ def batch_script(options: argparse.Namespace, jobs: list[list[str]]) -> str:
         "@CASES@": cases,
         "@RESTARTS@": str(options.max_restarts),
         "@STOPPED@": str(EXIT_STOPPED),
+        "@BEFORE@": f'if {_ask(options, "done")} "$SLURM_ARRAY_TASK_ID"; then exit 0; fi'
+        if options.array
+        else "",
+        "@AFTER@": f'{_ask(options, "ended")} "$SLURM_ARRAY_TASK_ID" "$code" "$SECONDS"'
+        if options.array
+        else "",
     }
     for mark, value in fill.items():
         text = text.replace(mark, value)
     return text
 
 
-def run(options: argparse.Namespace, jobs: list[list[str]]) -> int:
+def _ask(options: argparse.Namespace, what: str) -> str:
+    """A question to the queue, as the beginning of a shell command."""
+    queue = str(Path(options.queue).resolve())
+    return shlex.join([sys.executable, "-m", "launchers.array", what, queue])
+
+
+def run(options: argparse.Namespace, jobs: list[Job]) -> int:
     """srun when we are inside an allocation already, sbatch otherwise; returns the exit code.
+
+    A job array is followed by one short job that writes the queue's table.
 
     Raises:
         FileNotFoundError: srun or sbatch is missing.
     """
-    inside = "SLURM_JOB_ID" in os.environ and len(jobs) == 1
-    plan = Plan(srun_command(options, jobs[0]), base_environment(), stop="leader")
+    inside = "SLURM_JOB_ID" in os.environ and not options.array
+    plan = Plan(srun_command(options, list(jobs[0].command)), base_environment(), stop="leader")
     if options.dry_run:
         print(describe(plan) if inside else batch_script(options, jobs))
         return 0
@@ -94,6 +109,31 @@ def run(options: argparse.Namespace, jobs: list[list[str]]) -> int:
     if inside:
         parent = Path(options.job_folder or SHARED)
         return supervise(lambda folder: plan, restarts=options.max_restarts, jobs=parent)
+    if options.array:
+        jobs = Queue(Path(options.queue)).prepare(jobs)
     script = batch_script(options, jobs)
     print(f"espalier launch: sbatch reads\n{script}", file=sys.stderr)
-    return subprocess.run(["sbatch"], input=script, text=True, check=False).returncode
+    done = _sbatch(script)
+    if done.returncode or not options.array:
+        return done.returncode
+    number = done.stdout.strip().partition(";")[0]  # "123" or "123;cluster"
+    follow = ["--ntasks=1", "--job-name=espalier-table", f"--dependency=afterany:{number}"]
+    environment = base_environment() | {"DS_ACCELERATOR": ""}
+    lines = [f"export {key}={shlex.quote(value)}" for key, value in environment.items() if value]
+    table = "\n".join(
+        ["#!/bin/bash", f"cd {shlex.quote(os.getcwd())}", *lines, _ask(options, "table")]
+    )
+    return _sbatch(table + "\n", *follow, *options_of(options)).returncode
+
+
+def options_of(options: argparse.Namespace) -> list[str]:
+    """--sbatch options as sbatch takes them."""
+    return [option if option.startswith("-") else f"--{option}" for option in options.sbatch]
+
+
+def _sbatch(script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    argv = ["sbatch", "--parsable", *words]
+    done = subprocess.run(argv, input=script, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode == 0:
+        print(f"espalier launch: Slurm job {done.stdout.strip()}", file=sys.stderr)
+    return done

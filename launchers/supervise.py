@@ -55,7 +55,12 @@ def describe(plan: Plan) -> str:
     return shlex.join(changes + plan.argv)
 
 
-def supervise(make: Callable[[Path], Plan], restarts: int = 0, jobs: Path | None = None) -> int:
+def supervise(
+    make: Callable[[Path], Plan],
+    restarts: int = 0,
+    jobs: Path | None = None,
+    told: list[int] | None = None,
+) -> int:
     """Runs a plan to its end and returns the job's exit code; starts again after a crash,
     `restarts` times.
 
@@ -65,6 +70,7 @@ def supervise(make: Callable[[Path], Plan], restarts: int = 0, jobs: Path | None
         make: the plan for a job folder; called again for each start, so that ports are fresh and
             lost machines left out.
         jobs: where job folders go; None: on this machine.
+        told: gets the signals that reached us, if anybody wants to know.
     """
     while True:
         with job.job_folder(jobs) as folder:
@@ -72,8 +78,14 @@ def supervise(make: Callable[[Path], Plan], restarts: int = 0, jobs: Path | None
             _say(describe(plan))
             code, signalled = _run_once(plan, folder)
             verdict = job.judge(folder, code, plan.ranks_report)
+            begun = not plan.ranks_report or any(folder.glob("rank_*"))
+            if signalled and not begun and verdict.code not in (0, job.EXIT_USAGE):
+                note = "stopped before a rank had begun: nothing to save yet"
+                verdict = job.Verdict(job.EXIT_STOPPED, [note])
         for line in verdict.lines:
             _say(line)
+        if told is not None:
+            told.extend(signalled)
         crashed = verdict.code not in (0, job.EXIT_USAGE, job.EXIT_STOPPED) and not signalled
         if not crashed or restarts <= 0:
             return verdict.code
@@ -85,8 +97,8 @@ def _say(text: str) -> None:
     print(f"espalier launch: {text}", file=sys.stderr, flush=True)
 
 
-def _run_once(plan: Plan, folder: Path) -> tuple[int, bool]:
-    """The command's exit code (negative: a signal), and whether we were told to stop."""
+def _run_once(plan: Plan, folder: Path) -> tuple[int, list[int]]:
+    """The command's exit code (negative: a signal), and the signals that told us to stop."""
     received: list[int] = []
     dying = signal.SIGUSR1 if plan.stop == "leader" else signal.SIGTERM
     environment = os.environ | job.variables(folder, plan.stop == "ranks") | plan.environment
@@ -101,7 +113,7 @@ def _run_once(plan: Plan, folder: Path) -> tuple[int, bool]:
             stack.enter_context(_forwarding(process.pid, plan, folder, received))
             stack.callback(end_session, process.pid)  # signals are still forwarded meanwhile
         code = process.wait()
-    return code, bool(received)
+    return code, received
 
 
 def _in_child(dying: int) -> None:

@@ -11,11 +11,14 @@ Parameters are read only in the forward of the module that owns them, as ZeRO-3 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.kernels import ffn_act_mask as activations
+from models.kernels import fold as folds
 
 __all__ = ["ALL", "Entries", "GatedLinear"]
 
@@ -52,7 +55,7 @@ class GatedLinear(nn.Linear):
         *,
         rows: Entries = ALL,
         columns: Entries = ALL,
-        activation: Callable[[Tensor], Tensor] | None = None,
+        activation: str | None = None,
         gate_first: bool = True,
     ) -> Tensor:
         """input (..., T, n of columns) -> (..., T, n of rows).
@@ -60,25 +63,52 @@ class GatedLinear(nn.Linear):
         Args:
             rows: gates of the outputs, which are the n that take part, in the order of `kept`.
             columns: gates of the inputs, which are already only those that take part.
-            activation: applied to the outputs; one that is to lose closed entries maps 0 to 0.
+            activation: name of the one applied to the outputs. All map 0 to 0, which is why an entry
+                closed before its activation can be left out.
             gate_first: the gates of the rows act before the activation (and may fold), or after it
                 (and may not: a gate after it belongs to the columns of the layer that comes next).
         """
-        weight, bias = self.weight, self.bias
-        if rows.kept is not None:
-            weight = weight.index_select(0, rows.kept)
-            bias = None if bias is None else bias.index_select(0, rows.kept)
-        if columns.kept is not None:
-            weight = weight.index_select(1, columns.kept)
-        if columns.gate is not None and columns.fold:
-            weight = _scaled(weight, columns.gate)
-        elif columns.gate is not None:
-            input = input * columns.gate.to(input.dtype)
         gate = rows.gate
-        if gate is not None and rows.fold and gate_first:
-            weight = _scaled(weight, gate[:, None])
-            bias, gate = None if bias is None else _scaled(bias, gate), None
+        if columns.gate is not None and not columns.fold:
+            input = input * columns.gate.to(input.dtype)
+        column_gate = columns.gate if columns.fold else None
+        row_gate = gate if rows.fold and gate_first else None
+        part = folds.Part(self.weight, rows.kept, columns.kept, row_gate, column_gate)
+        weight, bias = _operands(part, self.bias)
+        gate = gate if row_gate is None else None
         return _finish(input, weight, bias, gate, activation, gate_first)
+
+
+def _operands(part: folds.Part, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the product: the entries that take part, with their gates in."""
+    weight, rows, columns, row_gate, column_gate = part
+    if all(vector is None for vector in part[1:]):
+        return weight, bias
+    dtype = _product_type(weight)
+    if folds.backend([part], dtype) == "cuda":
+        parts = [part]
+        if bias is not None and (rows is not None or row_gate is not None):
+            parts.append(folds.Part(bias[None], columns=rows, column_gate=row_gate))
+        weight, *biases = folds.fold(parts, dtype)
+        return weight, biases[0][0] if biases else bias
+    if rows is not None:
+        weight = weight.index_select(0, rows)
+        bias = None if bias is None else bias.index_select(0, rows)
+    if columns is not None:
+        weight = weight.index_select(1, columns)
+    if column_gate is not None:
+        weight = _scaled(weight, column_gate)
+    if row_gate is not None:
+        weight = _scaled(weight, row_gate[:, None])
+        bias = None if bias is None else _scaled(bias, row_gate)
+    return weight, bias
+
+
+def _product_type(weight: Tensor) -> torch.dtype:
+    """The type F.linear multiplies in: a kernel that casts spares it a pass over the weight."""
+    if weight.is_cuda and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return weight.dtype
 
 
 def _finish(
@@ -86,17 +116,16 @@ def _finish(
     weight: Tensor,
     bias: Tensor | None,
     gate: Tensor | None,
-    activation: Callable[[Tensor], Tensor] | None,
+    activation: str | None,
     gate_first: bool,
 ) -> Tensor:
     """The one place where bias, activation and a gate on activations meet.
 
-    A fused kernel takes F.linear(x, weight) and the other four. `gate` is None where it was folded.
+    `gate` is None where it was folded.
     """
+    if activation is not None and activations.backend(x, bias, gate) == "cuda":
+        return activations.ffn_act_mask(F.linear(x, weight), bias, gate, activation, gate_first)
     hidden = F.linear(x, weight, bias)
-    gate = None if gate is None else gate.to(hidden.dtype)
-    if gate is not None and gate_first:
-        hidden = hidden * gate
     if activation is not None:
-        hidden = activation(hidden)
-    return hidden if gate is None or gate_first else hidden * gate
+        return activations.ffn_act_mask(hidden, None, gate, activation, gate_first)
+    return hidden if gate is None else hidden * gate.to(hidden.dtype)

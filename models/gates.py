@@ -17,15 +17,13 @@ from torch import Tensor, nn
 
 from models.compaction import ALIGNMENT, ActiveUnits
 from models.gated_linear import ALL, Entries
+from models.kernels import hard_concrete as kernel
+from models.kernels.reference_gates import EPSILON, probability_open
+from models.kernels.reference_gates import sampled as hard_concrete
 
 __all__ = ["GateBank", "GateRow", "GateSlot", "hard_concrete", "probability_open"]
 
-TEMPERATURE = 2.0 / 3.0
-STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
-EPSILON = 1e-6
 LOG_ALPHA_LOW, LOG_ALPHA_HIGH = math.log(0.01), math.log(100.0)
-# P(z > 0) = sigmoid(log_alpha - OPEN_SHIFT)
-OPEN_SHIFT = TEMPERATURE * math.log(-STRETCH_LOW / STRETCH_HIGH)
 INIT_STD = 0.01
 
 
@@ -96,22 +94,6 @@ class GateSlot(nn.Module):
         if self.size > 1:
             z = z[:, None].expand(-1, self.size).flatten()
         return Entries(places, z, fold and self.folded)
-
-
-def probability_open(log_alpha: Tensor) -> Tensor:
-    """P(z > 0) of each gate, (G,), kept in [1e-6, 1 - 1e-6] so that no expected size is exactly 0
-    or full."""
-    return torch.sigmoid(log_alpha - OPEN_SHIFT).clamp(EPSILON, 1.0 - EPSILON)
-
-
-def hard_concrete(log_alpha: Tensor, u: Tensor) -> Tensor:
-    """Gates in [0, 1] for uniforms `u` in (0, 1), both (G,); differentiable in `log_alpha`.
-
-    The logit of u is taken in fp64: near 1 an fp32 u has only a few bits left.
-    """
-    noise = torch.logit(u.double()).to(log_alpha)
-    stretched = torch.sigmoid((noise + log_alpha) / TEMPERATURE) * (STRETCH_HIGH - STRETCH_LOW)
-    return (stretched + STRETCH_LOW).clamp(0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -319,8 +301,12 @@ class GateBank:
         `generator` is a CPU generator keyed by (seed, step): all ranks draw the SAME noise,
         whatever their device. The published code draws per rank. Shared noise makes a step
         independent of how many ranks share its batch, keeps one structure per step on all ranks,
-        and survives a resume on another number of ranks.
+        and survives a resume on another number of ranks. Where the kernel runs, the generator gives
+        the key of a sequence made on the device instead: nothing is copied, nothing waits.
         """
+        if kernel.backend(self.log_alpha) == "cuda":
+            seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
+            return kernel.hard_concrete(self.log_alpha, self.costs, seed=seed)[0]
         u = torch.rand(self.gates, generator=generator, dtype=torch.float64)
         u = u * (1.0 - 2.0 * EPSILON) + EPSILON
         return hard_concrete(self.log_alpha, u.to(self.log_alpha.device))

@@ -7,11 +7,9 @@ be zero in a pruned model, and then the sub-layer contributes its output bias on
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from timm.layers.layer_scale import LayerScale
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from models.attention import Attention, BiasOnly, KeyValues, LayerCache
 from models.gated_linear import GatedLinear
 from models.gates import GateSlot
+from models.kernels.reference import activation_function, quick_gelu
 from models.outputs import AttentionTrace, Capture, EncoderOutput, TrimRecord
 from models.streams import BlockTrim
 
@@ -39,33 +38,14 @@ _FEW_TOKENS = 64
 _UNTRIMMED = BlockTrim()
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's activation, x * sigmoid(1.702 x)."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def activation_function(name: str) -> Callable[[Tensor], Tensor]:
-    """The function behind a configuration's activation name ("gelu" is the exact, erf one).
-
-    Each maps 0 to 0, which is why a unit closed before its activation can be left out.
-    """
-    functions = {"gelu": F.gelu, "quick_gelu": quick_gelu, "gelu_tanh": _gelu_tanh}
-    if name not in functions:
-        raise ValueError(f"activation {name!r} is unknown; choose one of {sorted(functions)}")
-    return functions[name]
-
-
 class FeedForward(nn.Module):
     """D -> F -> D with a gate on the F units, on the input ("pre") or output of the activation."""
 
     def __init__(self, width: int, units: int, activation: str, gate_position: str) -> None:
         super().__init__()
         self.width, self.units = width, units
-        self.activation = activation_function(activation)
+        activation_function(activation)  # a name that is not known is refused here
+        self.activation = activation
         self.gate_first = gate_position == "pre"
         self.gate = GateSlot(units)
         if units:

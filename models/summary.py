@@ -21,6 +21,7 @@ __all__ = [
     "PARTS",
     "Summary",
     "decoder_macs",
+    "generation_macs",
     "head_macs",
     "parameters",
     "part_of",
@@ -235,6 +236,28 @@ def decoder_macs(config: ModelConfig, answer_tokens: int, text_tokens: int) -> i
         total += _attention(answer_tokens, text_tokens, cross, size, width, width)
         total += _ffn(answer_tokens, width, units)
     return total
+
+
+def generation_macs(
+    config: ModelConfig, prompt_tokens: int, max_length: int, beams: int, image_tokens: int
+) -> int:
+    """MACs of one caption by beam search with a cache (form "captioning"), without its image.
+
+    Every token but the last goes through the layers and the head once in each beam; the image's
+    keys and values are computed once and shared by the beams.
+    """
+    text, width, size = config.text, config.text.width, config.text.head_dim
+    fed = max_length - 1
+    # The prompt meets itself, each later token all those up to itself.
+    met = prompt_tokens**2 + sum(range(prompt_tokens + 1, fed + 1))
+    total = _embedding(text, fed) + _token_head(text, fed)
+    for heads, units in zip(text.heads, text.ffn, strict=True):
+        total += 4 * fed * width * heads * size + 2 * met * heads * size + _ffn(fed, width, units)
+    keys = 0
+    for heads in text.cross_heads:
+        total += 2 * fed * width * heads * size + 2 * fed * image_tokens * heads * size
+        keys += 2 * image_tokens * config.vision.width * heads * size
+    return beams * total + keys
 
 
 def head_macs(config: ModelConfig, text_tokens: int, masked_tokens: int = 1) -> int:

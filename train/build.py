@@ -23,9 +23,11 @@ from train.evaluation.captioning import CaptionWriter
 from train.evaluation.pictures import pretrain_pictures, vqa_pictures
 from train.evaluation.pretrain import evaluate_pretraining
 from train.evaluation.runner import EvaluatesSplit, evaluate
+from train.evaluation.task_pictures import task_pictures
 from train.evaluation.vqa import AnswerList
 from train.monitor import Monitor
 from train.monitor.flops import StepCost, step_cost
+from train.pruning.make import make_budget
 from train.runtime.distributed import Distributed
 from train.runtime.engine import (
     build_engine,
@@ -210,7 +212,9 @@ def make_loader(
     )
 
 
-def _gates(config: RunConfig, student: XVLM, dist: Distributed) -> GateOptimizer | None:
+def _gates(
+    config: RunConfig, student: XVLM, teacher: XVLM | None, dist: Distributed
+) -> GateOptimizer | None:
     if config.prune is None:
         return None
     bank = GateBank.of_model(
@@ -220,7 +224,10 @@ def _gates(config: RunConfig, student: XVLM, dist: Distributed) -> GateOptimizer
         ffn_init_drop=config.prune.ffn_init_drop,
         seed=config.seed,
     )
-    return GateOptimizer(bank, config.prune, dist.device, dist.world_size)
+    bank.to(dist.device)
+    theirs = None if teacher is None else teacher.config
+    budget = make_budget(config, bank, student.config, theirs, dist)
+    return GateOptimizer(bank, config.prune, dist.device, dist.world_size, budget)
 
 
 def build(config: RunConfig, dist: Distributed) -> Run:
@@ -246,7 +253,7 @@ def build(config: RunConfig, dist: Distributed) -> Run:
     for part in task.frozen_parts():
         getattr(student, part).requires_grad_(False)
     _check_validation(config, task, dist)
-    gates = _gates(config, student, dist)
+    gates = _gates(config, student, teacher_model, dist)
     leave_if_stopped("while the models were loaded")
     engine = build_engine(
         config,
@@ -330,7 +337,7 @@ def _validate(run: Run, held_out: Loader, places: Loader | None) -> dict[str, fl
 def _pictures(
     run: Run, step: int, answers: AnswerList | None, held_out: Loader, places: Loader | None
 ) -> None:
-    """Held-out examples; a task without a way to show any has none."""
+    """Held-out examples: what the model says beside the truth."""
     if run.config.task == "pretrain":
         pretrain_pictures(
             run.monitor,
@@ -343,9 +350,13 @@ def _pictures(
             run.teacher,
         )
         return
-    if answers is None:
-        return
     with run.gates.evaluation() if run.gates is not None else nullcontext():
+        if answers is None:
+            writer = getattr(run.task, "writer", None)
+            task_pictures(
+                run.config.task, run.monitor, step, run.student, held_out, run.dist, writer
+            )
+            return
         vqa_pictures(
             run.monitor,
             step,

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from train.trim_config import TrimConfig
 
 __all__ = [
+    "BudgetConfig",
     "CheckpointConfig",
     "DataConfig",
     "EngineConfig",
@@ -261,11 +262,44 @@ class KdConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class BudgetConfig:
+    """What pruning is to save, in place of parameters: give `macs` or `speedup`.
+
+    Attributes:
+        macs: share of the prunable multiply-accumulates of one example removed.
+        speedup: how many times as fast as `against` the pruned model is to answer on this device.
+        against: "teacher", or the dense "student" that is pruned.
+        batch: examples in one pass; latency is that of the whole batch.
+        text_tokens: of every text; None: data.max_tokens.   top_k: answers ranked (vqa); None:
+            eval.top_k.   beams, max_length of captions are those of `eval`.
+        dtype: of the weights and activations that are timed.   threads: of the CPU; None: torch's.
+        tolerance: how far off the measured speed-up may be before the structure is corrected.
+        repeats: rounds of a measurement.   cache: folder of latency tables.
+    """
+
+    macs: float | None = None
+    speedup: float | None = None
+    against: Literal["teacher", "student"] = "teacher"
+    batch: int = 32
+    text_tokens: int | None = None
+    top_k: int | None = None
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    threads: int | None = None
+    tolerance: float = 0.05
+    repeats: int = 30
+    cache: str = "~/.cache/espalier/latency"
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class PruneConfig:
     """Modal-adaptive L0 pruning (EfficientVLM section 3.3).
 
     Attributes:
         sparsity: target share of prunable parameters removed.
+        budget: a target in multiply-accumulates or speed-up, which takes the place of `sparsity`.
+        scope: "modal-adaptive" lets the losses share one budget out; baselines: "per-encoder" meets
+            it within each modality, "uniform" takes the same share of every layer's units.
+        round_to: FFN units that are kept come in multiples of it.
         ramp_steps: steps over which the target grows from 0.
         freeze_step: from here the structure is fixed (deterministic gates); None never.
         modalities: which encoders carry gates.
@@ -274,6 +308,9 @@ class PruneConfig:
     """
 
     sparsity: float = 0.25
+    budget: BudgetConfig | None = None
+    scope: Literal["modal-adaptive", "per-encoder", "uniform"] = "modal-adaptive"
+    round_to: int = 1
     ramp_steps: int = 1000
     freeze_step: int | None = None
     lr: float = 0.01

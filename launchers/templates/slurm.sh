@@ -15,6 +15,9 @@ run() {
   esac
 }
 
+# A job of a queue that ended well is not done again.
+@BEFORE@
+
 # A crash starts again in this allocation, a limited number of times; each start resumes from the last
 # whole checkpoint. 0 is done, 2 a wrong command, @STOPPED@ a stop that saved: no crashes.
 left=@RESTARTS@
@@ -26,6 +29,7 @@ while true; do
   left=$((left - 1))
   echo "exit code $code; starting again ($left restarts left)" >&2
 done
+@AFTER@
 # Stopped with a checkpoint saved: queue the job again, and it goes on from there.
 if [ "$code" -eq @STOPPED@ ]; then
   scontrol requeue "$SLURM_JOB_ID"

@@ -100,6 +100,8 @@ def pick(op: str, device: str, unsupported: str | None = None) -> str:
     unsupported: why the kernel does not take these tensors, None when it does.
     Raises RuntimeError when cuda was asked for explicitly and cannot be had.
     """
+    if torch.compiler.is_exporting():
+        return "reference"  # an exported graph runs where these ops are not
     backend, reason = _resolve(op, setting(op), device, unsupported)
     key = (op, device, backend)
     if key not in _told:

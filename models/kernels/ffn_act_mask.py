@@ -10,7 +10,7 @@ from torch import Tensor
 from models.kernels import dispatch, library, reference
 from models.kernels.ops import define, differentiable, once_differentiable
 
-__all__ = ["ffn_act_mask", "launch", "launch_backward"]
+__all__ = ["backend", "ffn_act_mask", "launch", "launch_backward"]
 
 _CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
@@ -24,11 +24,15 @@ def ffn_act_mask(
         ValueError: for an unknown activation, or a bias or mask that is not (F,).
         RuntimeError: when the kernel was asked for explicitly and cannot run.
     """
-    backend = dispatch.pick("ffn_act_mask", x.device.type, _unsupported(x, bias, mask))
     kernel = torch.ops.espalier.ffn_act_mask
-    return dispatch.call(
-        backend, reference.ffn_act_mask, kernel, x, bias, mask, activation, mask_first
-    )
+    arguments = (x, bias, mask, activation, mask_first)
+    return dispatch.call(backend(x, bias, mask), reference.ffn_act_mask, kernel, *arguments)
+
+
+def backend(x: Tensor, bias: Tensor | None, mask: Tensor | None) -> str:
+    """What `ffn_act_mask` would run for these tensors. Where it is "cuda", the product before it
+    leaves its bias to it."""
+    return dispatch.pick("ffn_act_mask", x.device.type, _unsupported(x, bias, mask))
 
 
 def _unsupported(x: Tensor, bias: Tensor | None, mask: Tensor | None) -> str | None:

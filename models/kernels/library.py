@@ -2,17 +2,19 @@
 
     library.current().launch("espalier_ffn_act_mask", x, bias, mask, y, rows, columns, ...)
 
-Tensors become addresses, None a null pointer, integers int64_t, floats double; the stream of the
-tensors' device is appended. The C side follows the same rule (csrc/common.cuh).
+Tensors become addresses, None a null pointer, integers int64_t, floats double, ctypes arrays their
+address in host memory; the stream of the tensors' device is appended. The C side follows the same
+rule (csrc/common.cuh).
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from models.kernels import build
 
 __all__ = ["Library", "TYPES", "current", "type_code", "unavailable", "using"]
 
-Argument = Tensor | int | float | None
+Argument = Tensor | int | float | ctypes.Array[Any] | None
 
 # enum Type in csrc/common.cuh
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -54,13 +56,16 @@ class Library:
         call.restype = ctypes.c_int64
         return call(*(ctypes.c_int64(value) for value in arguments))
 
-    def launch(self, function: str, *arguments: Argument) -> None:
+    def launch(self, function: str, *arguments: Argument, reached: Sequence[Tensor] = ()) -> None:
         """Enqueues a launcher's kernels on the current stream of the tensors' device.
+
+        reached: tensors whose addresses stand in a table (a ctypes array) among the arguments.
 
         Raises RuntimeError when the launch is refused, ValueError when the tensors lie on several
         devices.
         """
-        devices = {value.device for value in arguments if isinstance(value, Tensor)}
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        devices = {tensor.device for tensor in (*tensors, *reached)}
         if len(devices) != 1:
             places = sorted(str(device) for device in devices)
             raise ValueError(f"{function}: tensors must lie on one device, not on {places}")
@@ -78,13 +83,15 @@ class Library:
             raise RuntimeError(f"{function}: {text} (code {code})")
 
 
-def _convert(value: Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double:
+def _convert(value: Argument) -> Any:
     if value is None:
         return ctypes.c_void_p(None)
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, float):
         return ctypes.c_double(value)
+    if isinstance(value, ctypes.Array):
+        return value  # passed by address
     return ctypes.c_int64(value)
 
 

@@ -1,50 +1,28 @@
-"""What removing a unit saves, how the target grows, how a structure is made to meet it."""
+"""What layers cost at any width, how the target grows, and how a bank of gates is held to it.
+
+Shape legend: G gates of the whole model, R rows (slots), g groups of rows, P points of a table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.gates import GateBank, GatedModel
+from models.gates import GateBank
+from models.pruning.lagrangian import lagrangian
 
-__all__ = ["Budget", "ParameterBudget", "meet_budget", "target_sparsity"]
+__all__ = ["Constraint", "Scope", "WidthCosts", "bank_widths", "expected_widths", "target_sparsity"]
 
+Scope = Literal["modal-adaptive", "per-encoder", "uniform"]
+Points = Sequence[tuple[float, float]]
 
-class Budget(Protocol):
-    """What a unit of a slot costs. Sparsity is the share of `total` removed.
-
-    Parameters today; multiply-accumulates or measured latency fit as long as a unit's cost does not
-    depend on which other units are kept.
-
-    Attributes:
-        unit: name of what is counted, for reports.
-        costs: slot name -> cost of one unit.   total: cost of everything that can be removed.
-    """
-
-    unit: str
-    costs: Mapping[str, float]
-    total: float
-
-
-class ParameterBudget:
-    """Exact parameters of a model's gated units, restricted to `modalities` (None: all)."""
-
-    unit = "parameters"
-
-    def __init__(self, model: GatedModel, modalities: Iterable[str] | None = None) -> None:
-        wanted = None if modalities is None else set(modalities)
-        slots = model.gate_slots()
-        self.costs: Mapping[str, float] = {
-            name: float(cost)
-            for name, cost in model.parameters_per_unit().items()
-            if wanted is None or name.split(".", 1)[0] in wanted
-        }
-        self.total = sum(
-            slots[name].units * cost for name, cost in self.costs.items() if name in slots
-        )
+# Share of the mean slope in the gradient of a measured table. Where a table is flat (a device that
+# is not filled by the layer) its own slope is 0, and gates would never reach the next step of it.
+_TILT = 0.1
 
 
 def target_sparsity(step: int, sparsity: float, ramp_steps: int) -> float:
@@ -56,42 +34,253 @@ def target_sparsity(step: int, sparsity: float, ramp_steps: int) -> float:
     return sparsity if ramp_steps <= 0 else min(1.0, step / ramp_steps) * sparsity
 
 
-@torch.no_grad()
-def meet_budget(bank: GateBank, sparsity: float, start: Tensor | None = None) -> Tensor:
-    """Hard gates (G,) whose removed cost is as close to `sparsity` * total as flipping allows.
+def _per_row(bank: GateBank, values: Tensor) -> Tensor:
+    """(G,) -> (R,) fp64 sums over the gates of each row."""
+    rows = torch.tensor([row.units for row in bank.rows], device=values.device)
+    index = torch.arange(len(bank.rows), device=values.device)
+    index = index.repeat_interleave(rows, output_size=bank.gates)
+    zeros = torch.zeros(len(bank.rows), dtype=torch.float64, device=values.device)
+    return zeros.index_add(0, index, values.double())
 
-    Ours, not published: deterministic gates round per row and follow the expected sparsity, which
-    oscillates about the target, so they miss it by up to a few points. Starting from `start` (None:
-    `bank.deterministic()`), open gates of lowest log-alpha are closed, or closed ones of highest
-    log-alpha opened, those nearest to the boundary first; a gate that would overshoot by more than
-    half the cheapest unit is passed over. What is left is then at most half the cheapest unit, as
-    long as one of those can still be flipped.
+
+def expected_widths(bank: GateBank) -> Tensor:
+    """(R,) fp64 expected number of open gates of each row, with gradient to log-alpha."""
+    return _per_row(bank, bank.probabilities_open())
+
+
+def bank_widths(bank: GateBank, z: Tensor) -> Tensor:
+    """(R,) fp64 number of gates of each row that are not exactly 0 in `z` (G,)."""
+    return _per_row(bank, z.detach() != 0)
+
+
+class WidthCosts:
+    """What each row of a bank costs at any width: piecewise linear, rising, 0 at width 0.
+
+    Parameters and multiply-accumulates are straight lines, measured latency is not. What no gate
+    can remove is `constant`, and belongs to no row.
+
+    Attributes:
+        unit: what is counted, for people ("parameters", "MACs", "seconds").
+        points: row name -> ascending (width, cost) from (0, 0) to the full width.
+        full: (R,) fp64 cost of each row at full width.
+        total: what shares are of: the sum of `full`, unless a budget defines its own.
+        constant: cost of everything else.
+        slack: how far from a target a structure may stay, where units are finer than is known.
     """
-    if not 0.0 <= sparsity < 1.0:
-        raise ValueError(f"prune.sparsity must lie in [0, 1), not {sparsity}")
-    z = (bank.deterministic() if start is None else start.clone()).cpu()
-    costs = bank.costs.cpu()
-    gap = sparsity * bank.total - float((costs * (z == 0)).sum())
-    closing = gap > 0
-    score = bank.log_alpha.detach().double().cpu()
-    candidates = (z != 0 if closing else z == 0).nonzero().flatten()
-    order = candidates[score[candidates].argsort(descending=not closing, stable=True)]
-    missing, slack = abs(gap), float(costs.min()) / 2
-    flipped, passed = [], []
-    for gate, cost in zip(order.tolist(), costs[order].tolist(), strict=True):
-        if missing <= slack:
-            break
-        if cost <= missing + slack:
-            flipped.append(gate)
-            missing -= cost
+
+    def __init__(
+        self,
+        unit: str,
+        points: Mapping[str, Points],
+        constant: float = 0.0,
+        slack: float = 0.0,
+        total: float | None = None,
+    ) -> None:
+        """Raises ValueError on a table that does not begin at (0, 0), falls, or has one point."""
+        self.unit, self.constant, self.slack = unit, float(constant), float(slack)
+        self.points = {name: _checked(name, row) for name, row in points.items()}
+        most = max(len(row) for row in self.points.values())
+        self._widths, self._values, self._slopes = (
+            torch.full((len(self.points), most), fill, dtype=torch.float64)
+            for fill in (math.inf, 0.0, 0.0)
+        )
+        for index, row in enumerate(self.points.values()):
+            for place, (width, value) in enumerate(row):
+                self._widths[index, place], self._values[index, place] = width, value
+            for place, ((a, low), (b, high)) in enumerate(zip(row, row[1:], strict=False)):
+                self._slopes[index, place] = (high - low) / (b - a)
+        self._last = torch.tensor([len(row) - 2 for row in self.points.values()])
+        self.units = torch.tensor([row[-1][0] for row in self.points.values()]).double()
+        self.full = torch.tensor([row[-1][1] for row in self.points.values()]).double()
+        self.total = float(self.full.sum()) if total is None else float(total)
+        self._chords = self.full / self.units
+
+    @classmethod
+    def linear(
+        cls, unit: str, bank: GateBank, costs: Mapping[str, float], total: float | None = None
+    ) -> WidthCosts:
+        """Straight lines: `costs` by row name is that of one unit."""
+        points = {
+            row.name: ((0.0, 0.0), (float(row.units), row.units * float(costs[row.name])))
+            for row in bank.rows
+        }
+        return cls(unit, points, total=total)
+
+    @classmethod
+    def parameters(cls, bank: GateBank) -> WidthCosts:
+        """The bank's own unit costs and total, exact parameter counts."""
+        costs = {row.name: row.cost for row in bank.rows}
+        return cls.linear("parameters", bank, costs, bank.total)
+
+    def to(self, device: torch.device | str) -> WidthCosts:
+        """Moves the tables, in place."""
+        for name in ("_widths", "_values", "_slopes", "_last", "units", "full", "_chords"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def sizes(self, widths: Tensor) -> Tensor:
+        """(R,) fp64 cost of each row at `widths` (R,), with gradient; widths may be fractions."""
+        reached = (self._widths <= widths.detach()[:, None]).sum(1) - 1
+        place = torch.minimum(reached.clamp(min=0), self._last)[:, None]
+        begin, value, slope = (
+            table.gather(1, place)[:, 0] for table in (self._widths, self._values, self._slopes)
+        )
+        tilt = _TILT * (self._chords - slope) * (widths - widths.detach())
+        return value + slope * (widths - begin) + tilt
+
+    def size_at(self, row: int, width: float) -> float:
+        """Cost of one row at one width."""
+        points = list(self.points.values())[row]
+        for (a, low), (b, high) in zip(points, points[1:], strict=False):
+            if width <= b:
+                return low + (high - low) / (b - a) * (width - a)
+        return points[-1][1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, strings and lists, for a checkpoint: a resumed run goes on with the same costs,
+        also on another machine."""
+        table = [[name, [list(point) for point in row]] for name, row in self.points.items()]
+        return {
+            "unit": self.unit,
+            "points": table,
+            "constant": self.constant,
+            "slack": self.slack,
+            "total": self.total,
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> WidthCosts:
+        """What `state_dict` gave."""
+        points = {name: [(w, v) for w, v in row] for name, row in state["points"]}
+        return cls(state["unit"], points, state["constant"], state["slack"], state["total"])
+
+
+def _checked(name: str, points: Points) -> tuple[tuple[float, float], ...]:
+    row = tuple((float(width), float(value)) for width, value in points)
+    rising = all(a[0] < b[0] and a[1] <= b[1] for a, b in zip(row, row[1:], strict=False))
+    if len(row) < 2 or row[0] != (0.0, 0.0) or not rising:
+        raise ValueError(f"costs of {name}: points must rise from (0, 0), not {row[:4]}")
+    return row
+
+
+class Constraint:
+    """Holds a bank to a share of some cost to remove.
+
+    Attributes:
+        costs: of the bank's rows, in their order.
+        sparsity: share of `costs.total` to remove in the end.
+        scope: "modal-adaptive" (published): one constraint over everything; "per-encoder": the same
+            share within each modality; "uniform": the same share of the units of every row. The
+            last two are baselines.
+        groups: names of what has a constraint of its own.
+    """
+
+    def __init__(
+        self, bank: GateBank, costs: WidthCosts, sparsity: float, scope: Scope = "modal-adaptive"
+    ) -> None:
+        """Gives the bank as many multipliers as there are groups: before an optimizer sees them.
+
+        Raises ValueError when the costs are of other rows, or on a share outside [0, 1).
+        """
+        if list(costs.points) != [row.name for row in bank.rows]:
+            raise ValueError("costs and gates have different rows")
+        if not 0.0 <= sparsity < 1.0:
+            raise ValueError(f"share to remove must lie in [0, 1), not {sparsity:.4f}")
+        device = bank.log_alpha.device
+        self.bank, self.costs, self.sparsity, self.scope = bank, costs.to(device), sparsity, scope
+        self.groups = _groups(bank, scope)
+        self._member = torch.tensor(
+            [[float(row.name in names) for row in bank.rows] for names in self.groups.values()],
+            dtype=torch.float64, device=device,
+        )  # fmt: skip
+        self._totals = self._group_totals()
+        if scope != "modal-adaptive":
+            bank.multipliers = nn.Parameter(torch.zeros(2, len(self.groups), device=device))
+        self._unit_share = uniform_share(costs, sparsity) if scope == "uniform" else sparsity
+
+    def replace(self, costs: WidthCosts, sparsity: float) -> None:
+        """Other costs of the same rows, from a checkpoint."""
+        self.costs, self.sparsity = costs.to(self.bank.log_alpha.device), sparsity
+        self._totals = self._group_totals()
+        if self.scope == "uniform":
+            self._unit_share = uniform_share(self.costs, sparsity)
         else:
-            passed.append((gate, cost))
-    # Only dearer units are left: one more flip when that lands closer than stopping short.
-    best = min(passed, key=lambda item: abs(item[1] - missing), default=None)
-    nearer = best is not None and abs(best[1] - missing) < missing
-    if best is not None and nearer:
-        flipped.append(best[0])
-    z[flipped] = 0.0 if closing else 1.0
-    # That flip went past the target: cheap gates make up for it the other way. The gap shrinks with
-    # every call, so this ends.
-    return meet_budget(bank, sparsity, z) if nearer else z.to(bank.log_alpha)
+            self._unit_share = sparsity
+
+    def _group_totals(self) -> Tensor:
+        """(g,) cost that the share of each group is of."""
+        if self.scope == "modal-adaptive":
+            return torch.full_like(self._member[:, 0], self.costs.total)
+        return self._member @ self.costs.full
+
+    def penalty(self, ramp: float) -> Tensor:
+        """The Lagrangian at `ramp` (0 to 1) of the final target, fp64 scalar."""
+        widths = expected_widths(self.bank)
+        if self.scope == "uniform":
+            shares = 1.0 - widths / self.costs.units
+        else:
+            shares = 1.0 - self._member @ self.costs.sizes(widths) / self._totals
+        if self.scope == "modal-adaptive":
+            shares = shares[0]
+        return lagrangian(shares, ramp * self._unit_share, self.bank.multipliers).sum()
+
+    def share(self, widths: Tensor, modality: str | None = None) -> Tensor:
+        """Share of the cost (of a modality's) that these widths (R,) remove, fp64 scalar."""
+        sizes = self.costs.sizes(widths)
+        if modality is None:
+            return 1.0 - sizes.sum() / self.costs.total
+        names = [row.modality == modality for row in self.bank.rows]
+        mask = torch.tensor(names, device=sizes.device)
+        return 1.0 - sizes[mask].sum() / self.costs.full[mask].sum()
+
+    def expected(self, modality: str | None = None) -> Tensor:
+        """Share that the gates are expected to remove."""
+        return self.share(expected_widths(self.bank), modality)
+
+    def actual(self, z: Tensor, modality: str | None = None) -> Tensor:
+        """Share that is removed when exactly the gates at 0 in `z` (G,) are cut."""
+        return self.share(bank_widths(self.bank, z), modality)
+
+    def modality_target(self, modality: str, ramp: float = 1.0) -> float | None:
+        """The share that a modality is held to; None where the losses decide."""
+        if self.scope == "modal-adaptive":
+            return None
+        if self.scope == "per-encoder":
+            return ramp * self.sparsity
+        return float(self.share(self.costs.units * (1.0 - ramp * self._unit_share), modality))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"costs": self.costs.state_dict(), "sparsity": self.sparsity, "scope": self.scope}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError when the state was made under another scope."""
+        if state["scope"] != self.scope:
+            raise ValueError(
+                f"prune.scope is {self.scope!r}, the checkpoint's {state['scope']!r}: put it back, "
+                "or start with --resume none"
+            )
+        self.replace(WidthCosts.of_state(state["costs"]), float(state["sparsity"]))
+
+
+def _groups(bank: GateBank, scope: Scope) -> dict[str, list[str]]:
+    """Group name -> the rows in it."""
+    names = [row.name for row in bank.rows]
+    if scope == "uniform":
+        return {name: [name] for name in names}
+    if scope == "per-encoder":
+        return {
+            modality: [row.name for row in bank.rows if row.modality == modality]
+            for modality in bank.modalities
+        }
+    return {"all": names}
+
+
+def uniform_share(costs: WidthCosts, sparsity: float) -> float:
+    """The share of units which, taken from every row, removes `sparsity` of the cost (bisection;
+    equal to `sparsity` where costs are straight lines)."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        left = float(costs.sizes(costs.units * (1.0 - middle)).sum())
+        low, high = (middle, high) if 1.0 - left / costs.total < sparsity else (low, middle)
+    return (low + high) / 2

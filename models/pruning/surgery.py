@@ -17,7 +17,7 @@ from models.config import ModelConfig
 from models.layers import FeedForward
 from models.xvlm import XVLM
 
-__all__ = ["prune", "sparsity_report", "widths", "with_widths"]
+__all__ = ["prune", "pruned_config", "sparsity_report", "widths", "with_widths"]
 
 Part = Attention | FeedForward
 
@@ -138,12 +138,7 @@ def _cut_pair(
     second only, so that each reader still takes one end of them.
     """
     shared, head_dim = parts[0].shared_heads or 0, parts[0].head_dim
-    kept = [z.nonzero().flatten() for z in gates]
-    # The first reader's heads are the first shared ones, the second's the last.
-    first, second = (
-        set(kept[0].tolist()),
-        {head + shared - parts[1].heads for head in kept[1].tolist()},
-    )
+    first, second = _shared_kept(gates, shared)
     order = [*sorted(first - second), *sorted(first & second), *sorted(second - first)]
     mine = (
         order[: len(first)],
@@ -166,6 +161,29 @@ def _cut_pair(
         else:
             del state[f"{paths[0]}.{name}"]
     return len(order)
+
+
+def _shared_kept(gates: tuple[Tensor, Tensor], shared: int) -> tuple[set[int], set[int]]:
+    """Which of a pair's shared heads each of its two readers keeps: the first reader's heads are
+    the first shared ones, the second's the last."""
+    first, second = ({int(head) for head in z.nonzero().flatten()} for z in gates)
+    return first, {head + shared - gates[1].shape[0] for head in second}
+
+
+def pruned_config(config: ModelConfig, gates: Mapping[str, Tensor]) -> ModelConfig:
+    """The configuration that `prune` gives a model of this one, without any weights.
+
+    Raises:
+        ValueError: on an unknown slot.
+    """
+    units = widths(config)
+    pairs = {}
+    for pair, shared in enumerate(config.text.pair_heads or ()):
+        names = [f"fusion.{2 * pair + turn}.cross_heads" for turn in (0, 1)]
+        one, other = (gates.get(name, torch.ones(units[name])).cpu() for name in names)
+        first, second = _shared_kept((one, other), shared)
+        pairs[pair] = len(first | second)
+    return with_widths(config, {name: int((z != 0).sum()) for name, z in gates.items()}, pairs)
 
 
 def _entries(heads: Tensor, head_dim: int) -> Tensor:

@@ -53,12 +53,14 @@ def _run(folder: Path, engine: str, steps: int = STEPS, **options: Any) -> Any:
         optim={"steps": steps, "schedule": "constant"},
         checkpoint={"every": 0},
     )
-    run = tiny_run(config, start())
-    with gathered(run.student), torch.no_grad():
-        if "0" not in folder.name:  # what is not restored is seen
-            run.student.frozen.fill_(9.0)
-            run.student.seen.fill_(9.0)
-    return run
+    return tiny_run(config, start())
+
+
+def _spoil(run: Any) -> None:
+    """What no optimizer owns is wrong now, so that it is seen when it is not restored."""
+    run.student.seen.fill_(9.0)
+    frozen = run.student.frozen
+    getattr(frozen, "ds_tensor", frozen).data.fill_(9.0)
 
 
 def full_state(run: Any) -> dict[str, torch.Tensor]:
@@ -66,6 +68,8 @@ def full_state(run: Any) -> dict[str, torch.Tensor]:
     give them; the same on every rank.
     """
     engine, found = run.engine, {}
+    moment: Any = safe_get_full_optimizer_state
+    master: Any = safe_get_full_fp32_param
     stage = engine.zero_optimization_stage()
     if stage in (1, 2):  # DeepSpeed does it in the first step, when there are no moments yet
         engine.optimizer._hp_optimizer_states_linked = False
@@ -79,9 +83,9 @@ def full_state(run: Any) -> dict[str, torch.Tensor]:
             if stage == 0:
                 found[f"{name} {key}"] = engine.optimizer.state[parameter][key].flatten()
             else:
-                found[f"{name} {key}"] = safe_get_full_optimizer_state(parameter, key).flatten()
+                found[f"{name} {key}"] = moment(parameter, key).flatten()
         if stage:
-            found[f"{name} master"] = safe_get_full_fp32_param(parameter).flatten()
+            found[f"{name} master"] = master(parameter).flatten()
     base = engine.optimizer if stage == 0 else engine.optimizer.optimizer
     found["steps"] = torch.tensor(sorted({float(s["step"]) for s in base.state.values()}))
     found |= {name: buffer.clone() for name, buffer in run.student.named_buffers()}
@@ -95,7 +99,7 @@ def full_state(run: Any) -> dict[str, torch.Tensor]:
 def train_and_save(folder: str, stages: list[int]) -> dict[int, dict[str, torch.Tensor]]:
     states = {}
     for stage in stages:
-        out = Path(folder) / f"from{stage}0"
+        out = Path(folder) / f"from{stage}"
         assert loop.train(_run(out, f"zero{stage}")) == 0
         again = _run(out, f"zero{stage}")
         assert loop.restore(again, "auto").step == STEPS
@@ -108,8 +112,9 @@ def resume(folder: str, pairs: list[tuple[int, str]]) -> list[dict[str, torch.Te
     """State after loading each."""
     states = []
     for number, (source, target) in enumerate(pairs):
-        path = Path(folder) / f"from{source}0" / "checkpoints" / f"step_{STEPS:08d}"
-        run = _run(Path(folder) / f"to-{number}-{start().world_size}" / f"from{source}0", target)
+        path = Path(folder) / f"from{source}" / "checkpoints" / f"step_{STEPS:08d}"
+        run = _run(Path(folder) / f"to-{number}-{start().world_size}", target)
+        _spoil(run)
         run.checkpoints._given_id = path.parent.joinpath("run_id").read_text().strip()
         assert loop.restore(run, str(path)).step == STEPS
         drawn = torch.rand(4)

@@ -117,3 +117,4 @@ def test_a_hung_collective_says_where_the_ranks_were(tmp_path: Path) -> None:
     told, _ = run_ranks(hang, 2, str(tmp_path), init=False)
     assert "rank 0" in told and "at: general step 100" in told
     assert "rank 1" in told and "at: the validation of step 100" in told
+    assert "engine.collective_timeout" in told

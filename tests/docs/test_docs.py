@@ -36,8 +36,10 @@ def code_spans(text: str) -> list[str]:
 
 
 def command_lines(text: str) -> list[str]:
-    blocks = re.findall(r"```(?:bash|sh|console)?\n(.*?)```", text, flags=re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    # Opening and closing fences in pairs: the end of a Python block begins no other.
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.S | re.M)
+    shell = [block for language, block in blocks if language in ("", "bash", "sh", "console")]
+    lines = "\n".join(shell).replace("\\\n", " ").splitlines()
     return [line.split(" #")[0].strip().removeprefix("$ ") for line in lines if line.strip()]
 
 

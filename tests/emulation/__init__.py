@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -29,25 +29,23 @@ from models.kernels.library import Argument, Library
 
 HERE = Path(__file__).parent
 CACHE = HERE.parents[1] / ".cache" / "emulation"
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off")
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off")
 
 
 class Emulated(Library):
     """Kernels may touch the tensors of the call alone; `seed` draws another order of threads."""
 
-    extra: tuple[Tensor, ...] = ()  # reached through tables of addresses instead of arguments
-
     def seed(self, seed: int) -> None:
         """Another order of threads and blocks from here on."""
         self._library.emulation_seed(ctypes.c_int64(seed))
 
-    def launch(self, function: str, *arguments: Argument) -> None:
+    def launch(self, function: str, *arguments: Argument, reached: Sequence[Tensor] = ()) -> None:
         """As on a device, with bounds checked."""
         tensors = [value for value in arguments if isinstance(value, Tensor)]
-        bounds = [edge for tensor in (*tensors, *self.extra) for edge in _span(tensor)]
+        bounds = [edge for tensor in (*tensors, *reached) for edge in _span(tensor)]
         array = (ctypes.c_int64 * len(bounds))(*bounds)
         self._library.emulation_ranges(array, ctypes.c_int64(len(bounds) // 2))
-        super().launch(function, *arguments)
+        super().launch(function, *arguments, reached=reached)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -90,7 +90,7 @@ def load(engine: DeepSpeedEngine, folder: Path, values: Mapping[str, Any], peers
         _LOG.info("%s: loaded in %.1f s", folder.name, time.perf_counter() - started)
 
 
-def _refuse_unknown(engine: DeepSpeedEngine, values: Mapping[str, Any]) -> None:
+def _refuse_unknown(engine: Any, values: Mapping[str, Any]) -> None:
     nvme = any(name.startswith("offloaded_tensors/") for name in values["files"])
     if nvme or engine.zero_nvme_offload_optimizer():
         raise UserError("optimizer states on NVMe keep their layout")
@@ -101,14 +101,14 @@ def _refuse_unknown(engine: DeepSpeedEngine, values: Mapping[str, Any]) -> None:
 # This run's layout
 
 
-def _base(engine: DeepSpeedEngine) -> Any:
+def _base(engine: Any) -> Any:
     """The optimizer that does the arithmetic."""
     return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
 
 
-def _groups(engine: DeepSpeedEngine) -> list[list[Any]]:
+def _groups(engine: Any) -> list[list[Any]]:
     """Parameters of each optimizer group, in the order in which they were given."""
-    optimizer: Any = engine.optimizer
+    optimizer = engine.optimizer
     stage = engine.zero_optimization_stage()
     if stage == 0:
         return [group["params"] for group in optimizer.param_groups]
@@ -120,7 +120,7 @@ def _groups(engine: DeepSpeedEngine) -> list[list[Any]]:
     return groups
 
 
-def _group_names(engine: DeepSpeedEngine) -> list[list[str]]:
+def _group_names(engine: Any) -> list[list[str]]:
     return [[engine.param_names[member] for member in group] for group in _groups(engine)]
 
 
@@ -128,13 +128,13 @@ def _shape(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _table(engine: DeepSpeedEngine, members: Any) -> dict[str, int]:
+def _table(engine: Any, members: Any) -> dict[str, int]:
     return {engine.param_names[member]: math.prod(_shape(member)) for member in members}
 
 
-def _tables(engine: DeepSpeedEngine) -> list[dict[str, int]]:
+def _tables(engine: Any) -> list[dict[str, int]]:
     """name -> elements of each entry of the optimizer's state; ZeRO 0 has one for each parameter."""
-    optimizer: Any = engine.optimizer
+    optimizer = engine.optimizer
     stage = engine.zero_optimization_stage()
     if stage == 0:
         return [_table(engine, [member]) for group in _groups(engine) for member in group]
@@ -142,13 +142,13 @@ def _tables(engine: DeepSpeedEngine) -> list[dict[str, int]]:
     return [_table(engine, group) for group in members]
 
 
-def _paddings(engine: DeepSpeedEngine) -> list[list[int]]:
+def _paddings(engine: Any) -> list[list[int]]:
     return getattr(engine.optimizer, "round_robin_bit16_padding", [])
 
 
-def _entries(engine: DeepSpeedEngine) -> list[_Entry]:
+def _entries(engine: Any) -> list[_Entry]:
     """Raises UserError when this is not the layout of the DeepSpeed that we know."""
-    optimizer: Any = engine.optimizer
+    optimizer = engine.optimizer
     stage, tables = engine.zero_optimization_stage(), _tables(engine)
     if stage == 0:
         group_of = [index for index, group in enumerate(_groups(engine)) for _ in group]
@@ -175,7 +175,7 @@ def _entries(engine: DeepSpeedEngine) -> list[_Entry]:
 # What is put there
 
 
-def _check_model(engine: DeepSpeedEngine, shards: Shards) -> None:
+def _check_model(engine: Any, shards: Shards) -> None:
     """The checkpoint has what this model has: names, shapes, groups."""
     shapes = {name: _shape(parameter) for parameter, name in engine.param_names.items()}
     buffers = dict(engine.module.named_buffers())
@@ -209,7 +209,7 @@ def _flat(entry: _Entry, shards: Shards, key: str) -> Tensor:
     return flat
 
 
-def _optimizer_state(engine: DeepSpeedEngine, shards: Shards) -> dict[str, Any]:
+def _optimizer_state(engine: Any, shards: Shards) -> dict[str, Any]:
     """The state dict that the engine's optimizer loads."""
     base, entries = _base(engine), _entries(engine)
     tables = [[slot.name for slot in entry.slots] for entry in entries]
@@ -252,7 +252,7 @@ def _step(base: Any, step: float) -> Any:
     return torch.tensor(step) if isinstance(base, torch.optim.AdamW) else int(step)
 
 
-def _packed(engine: DeepSpeedEngine, base: Any, entries: list[_Entry]) -> dict[str, Any]:
+def _packed(engine: Any, base: Any, entries: list[_Entry]) -> dict[str, Any]:
     """The optimizer's own state dict, its parameters numbered. ZeRO 3 takes them out of the groups
     between two steps.
     """
@@ -264,9 +264,9 @@ def _packed(engine: DeepSpeedEngine, base: Any, entries: list[_Entry]) -> dict[s
 
 
 @torch.no_grad()
-def _put(engine: DeepSpeedEngine, shards: Shards, state: dict[str, Any]) -> None:
+def _put(engine: Any, shards: Shards, state: dict[str, Any]) -> None:
     """As `engine.load_checkpoint` does it: the weights, the counters, the optimizer."""
-    optimizer: Any = engine.optimizer
+    optimizer = engine.optimizer
     stage = engine.zero_optimization_stage()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if stage == 3:

@@ -21,15 +21,17 @@ __all__ = ["allowed_classes", "load", "scan"]
 
 def allowed_classes() -> list[Any]:
     """What DeepSpeed 0.19.8 puts into its files beside tensors and containers (optimizer states of
-    ZeRO 1 to 3; seen by listing the pickles' globals). They hold numbers only, and none of them
-    does anything when it is built. tests/distributed/test_checkpoints.py compares this list with
-    real files of every stage.
+    ZeRO 1 to 3; seen by listing the pickles' globals), and our loss scaler with an upper end. They
+    hold numbers only, and none of them does anything when it is built.
+    tests/distributed/test_checkpoints.py compares this list with real files of every stage.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    from train.runtime.loss_scale import CappedLossScaler
+
+    return [CappedLossScaler, DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def load(path: Path | str, map_location: Any = "cpu", mmap: bool = False) -> Any:

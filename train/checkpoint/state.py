@@ -64,6 +64,8 @@ _MAY_CHANGE = (
     "engine.activation_checkpointing",
     "engine.compile",
     "prune.gates",
+    "prune.budget.cache",
+    "prune.budget.repeats",
     # Who holds which part of the optimizer: a checkpoint is put together anew (reshard.py).
     "engine.config",
     "engine.offload",

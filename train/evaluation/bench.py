@@ -95,7 +95,11 @@ def _peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         call()
     events = record.profiler.kineto_results.events()  # type: ignore[union-attr]
-    moves = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    moves = sorted(
+        (event.start_ns(), event.nbytes())  # type: ignore[attr-defined]
+        for event in events
+        if event.name() == "[memory]"
+    )
     held = most = 0
     for _, size in moves:
         held += size

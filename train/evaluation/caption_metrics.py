@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__all__ = ["bleu", "caption_scores", "cider", "java_scores", "need_java", "words"]
+__all__ = ["bleu", "caption_scores", "cider", "cider_each", "java_scores", "need_java", "words"]
 
 Words = Sequence[str]
 _ORDER = 4
@@ -106,8 +106,8 @@ def _similarity(said: _Vector, known: _Vector, difference: int) -> float:
     return total / _ORDER * math.exp(-(difference**2) / (2 * _SIGMA**2))
 
 
-def cider(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
-    """CIDEr-D, the mean over images; rarities are those of these references, so it takes many.
+def cider_each(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
+    """CIDEr-D of each image; rarities are those of all these references, so it takes many.
 
     Raises:
         ValueError: as `bleu`.
@@ -118,15 +118,22 @@ def cider(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) ->
         images.update({gram for one in known for n in range(_ORDER) for gram in _grams(one, n + 1)})
     unseen = math.log(len(references))
     rarity = {gram: unseen - math.log(count) for gram, count in images.items()}
-    total = 0.0
+    found = []
     for said, known in zip(candidates, references, strict=True):
         own = _vector(said, rarity, unseen)
-        total += sum(
+        total = sum(
             # pycocoevalcap takes the number of bigrams for the length.
             _similarity(own, _vector(one, rarity, unseen), _bigrams(said) - _bigrams(one))
             for one in known
-        ) / len(known)
-    return 10.0 * total / len(candidates)
+        )
+        found.append(10.0 * total / len(known))
+    return found
+
+
+def cider(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
+    """The mean of `cider_each`. Raises ValueError as `bleu`."""
+    found = cider_each(candidates, references)
+    return sum(found) / len(found)
 
 
 def _bigrams(tokens: Words) -> int:

@@ -174,7 +174,7 @@ def _eval_downstream(args: argparse.Namespace) -> int:
         args.model, args.task, args.data, args.split,
         batch=args.batch, max_tokens=args.max_tokens, limit=args.limit, top_k=args.top_k,
         prompt=args.prompt, beams=args.beams, max_length=args.max_length, java=args.java, spice=args.spice,
-        device=args.device,
+        blind=not args.no_blind, device=args.device,
     )  # fmt: skip
     _write(args.json, {"model": str(args.model), "task": args.task, "split": args.split} | result)
     print(f"{args.model}: {args.task} {args.split}\n{table(result)}")

@@ -12,10 +12,10 @@ from train.evaluation.pretrain import box_iou
 if TYPE_CHECKING:
     from data_pipeline.task_batches import GroundingBatch
 
-__all__ = ["box_sums"]
+__all__ = ["ENOUGH", "box_sums"]
 
 # A hair of slack: a box of exactly half its union must not depend on the last bit of a product.
-_ENOUGH = 0.5 - 1e-6
+ENOUGH = 0.5 - 1e-6
 
 
 def box_sums(boxes: Tensor, batch: GroundingBatch) -> dict[str, tuple[Tensor, Tensor]]:
@@ -29,4 +29,4 @@ def box_sums(boxes: Tensor, batch: GroundingBatch) -> dict[str, tuple[Tensor, Te
     """
     iou = torch.where(batch.valid, box_iou(boxes.float(), batch.boxes), 0.0)
     count = batch.valid.sum()
-    return {"accuracy": ((iou >= _ENOUGH).sum(), count), "iou": (iou.double().sum(), count)}
+    return {"accuracy": ((iou >= ENOUGH).sum(), count), "iou": (iou.double().sum(), count)}

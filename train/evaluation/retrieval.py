@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from data_pipeline.task_batches import RetrievalBatch
     from models.xvlm import XVLM
 
-__all__ = ["evaluate_retrieval", "recalls"]
+__all__ = ["RankedSplit", "evaluate_retrieval", "hits", "rank_split", "recalls"]
 
 _RECALLS = (1, 5, 10)
 _BLOCK = 1 << 26  # similarities in memory at a time
@@ -32,8 +32,8 @@ _ROWS = 512  # texts in one pass of the model
 Batches = Callable[[], Iterator["RetrievalBatch"]]
 
 
-def recalls(scores: Tensor, relevant: Tensor) -> dict[int, float]:
-    """Recall at 1, 5 and 10: the share of queries with a relevant candidate among the best.
+def hits(scores: Tensor, relevant: Tensor) -> dict[int, Tensor]:
+    """(Q,) bool for 1, 5 and 10: is a relevant candidate among that many best?
 
     A candidate that scores the same as the best relevant one counts as better: a model that scores
     everything alike has not found anything.
@@ -44,7 +44,12 @@ def recalls(scores: Tensor, relevant: Tensor) -> dict[int, float]:
     best = scores.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
     ahead = ((scores >= best) & ~relevant).sum(1)
     found = relevant.any(1)
-    return {n: float((found & (ahead < n)).double().mean()) for n in _RECALLS}
+    return {n: found & (ahead < n) for n in _RECALLS}
+
+
+def recalls(scores: Tensor, relevant: Tensor) -> dict[int, float]:
+    """Recall at 1, 5 and 10: the share of queries that `hits` counts."""
+    return {n: float(hit.double().mean()) for n, hit in hits(scores, relevant).items()}
 
 
 @dataclass
@@ -76,7 +81,7 @@ def _image_features(model: XVLM, batch: RetrievalBatch) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Split:
+class RankedSplit:
     """Everything that all ranks know.
 
     Attributes:
@@ -93,7 +98,7 @@ class _Split:
     own: int
 
     @classmethod
-    def gathered(cls, mine: _Found, dist: Any, device: torch.device) -> _Split:
+    def gathered(cls, mine: _Found, dist: Any, device: torch.device) -> RankedSplit:
         world, rank = (1, 0) if dist is None else (dist.world_size, dist.rank)
         parts: list[Any] = [mine]
         if world > 1:
@@ -125,7 +130,7 @@ def _shortlist(queries: Tensor, gallery: Tensor, count: int) -> tuple[Tensor, Te
 class _Matcher:
     """The matching logit of every pair that a shortlist holds, for this rank's images."""
 
-    def __init__(self, split: _Split, of_images: Tensor, of_texts: Tensor) -> None:
+    def __init__(self, split: RankedSplit, of_images: Tensor, of_texts: Tensor) -> None:
         self.split, self.total = split, len(split.texts)
         device = of_images.device
         images = torch.arange(len(split.images), device=device)[:, None].expand_as(of_images)
@@ -199,13 +204,27 @@ def evaluate_retrieval(
         ValueError: negative k_test.
     Collective.
     """
+    split, ways = rank_split(model, batches, dist, k_test)
+    found = {way: recalls(*ranked) for way, ranked in ways.items()}
+    result = {f"{way}_r{n}": value for way, shares in found.items() for n, value in shares.items()}
+    mean = sum(result.values()) / len(result)
+    counts = {"images": float(len(split.images)), "texts": float(len(split.texts))}
+    return result | {"r_mean": mean} | counts
+
+
+def rank_split(
+    model: XVLM, batches: Batches, dist: Any = None, k_test: int = 128
+) -> tuple[RankedSplit, dict[str, tuple[Tensor, Tensor]]]:
+    """What `evaluate_retrieval` counts: the split, and by direction ("image_to_text",
+    "text_to_image") scores and relevance (Q, k) of each query's candidates. Collective.
+    """
     if k_test < 0:
         raise ValueError(f"k_test {k_test}: must not be negative (eval.top_k)")
     mine = _Found()
     for batch in batches():
         mine.add(model, batch)
     device = next(model.parameters()).device
-    split = _Split.gathered(mine, dist, device)
+    split = RankedSplit.gathered(mine, dist, device)
     keep = k_test or max(_RECALLS)
     image_scores, of_images = _shortlist(split.images, split.texts, keep)
     text_scores, of_texts = _shortlist(split.texts, split.images, keep)
@@ -218,15 +237,13 @@ def evaluate_retrieval(
         if dist is not None and dist.world_size > 1:
             for scores in (image_scores, text_scores):
                 torch.distributed.all_reduce(scores, torch.distributed.ReduceOp.MAX)
-    ways = {
-        "image_to_text": recalls(
-            image_scores, split.text_groups[of_images] == split.image_groups[:, None]
+    return split, {
+        "image_to_text": (
+            image_scores,
+            split.text_groups[of_images] == split.image_groups[:, None],
         ),
-        "text_to_image": recalls(
-            text_scores, split.image_groups[of_texts] == split.text_groups[:, None]
+        "text_to_image": (
+            text_scores,
+            split.image_groups[of_texts] == split.text_groups[:, None],
         ),
     }
-    result = {f"{way}_r{n}": value for way, found in ways.items() for n, value in found.items()}
-    mean = sum(result.values()) / len(result)
-    counts = {"images": float(len(split.images)), "texts": float(len(split.texts))}
-    return result | {"r_mean": mean} | counts

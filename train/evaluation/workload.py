@@ -22,11 +22,11 @@ from train.evaluation.vqa import AnswerList, rank_states
 if TYPE_CHECKING:
     from models.xvlm import XVLM
 
-__all__ = ["PARTS", "WHOLE", "Workload", "calls_of"]
+__all__ = ["PARTS", "PROMPT_TOKENS", "WHOLE", "Workload", "calls_of"]
 
 WHOLE = "whole"
 PARTS = ("vision", "text", "fusion", "decoder")
-_PROMPT = 4  # [CLS] a picture of
+PROMPT_TOKENS = 4  # [CLS] a picture of
 Call = Callable[[], object]
 
 
@@ -96,7 +96,7 @@ class _Inputs:
         )
         self.ids = tokens.to(device)
         self.mask = torch.ones_like(self.ids, dtype=torch.bool)
-        self.prompt = self.ids[:, :1].expand(-1, _PROMPT).contiguous()
+        self.prompt = self.ids[:, :1].expand(-1, PROMPT_TOKENS).contiguous()
         self.answers = work.answer_list(config.text.vocab_size, device)
         self.number = number
 

@@ -41,7 +41,7 @@ def _onnx(path: Path) -> Callable[[Arrays], list[np.ndarray]]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda inputs: session.run(None, inputs)
+    return lambda inputs: [np.asarray(value) for value in session.run(None, inputs)]
 
 
 def _torch(path: Path) -> Callable[[Arrays], list[np.ndarray]]:

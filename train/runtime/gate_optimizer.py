@@ -15,9 +15,9 @@ from torch.optim import AdamW
 
 from models.compaction import ActiveUnits
 from models.gates import GateBank
-from models.pruning.budget import meet_budget, target_sparsity
-from models.pruning.lagrangian import lagrangian
+from models.pruning.budget import target_sparsity
 from train.config import PruneConfig
+from train.pruning.budgets import PruneBudget
 
 __all__ = ["GateOptimizer"]
 
@@ -72,10 +72,18 @@ class GateOptimizer:
     """
 
     def __init__(
-        self, bank: GateBank, prune: PruneConfig, device: torch.device | str, world_size: int
+        self,
+        bank: GateBank,
+        prune: PruneConfig,
+        device: torch.device | str,
+        world_size: int,
+        budget: PruneBudget | None = None,
     ) -> None:
+        """`budget`: what the gates are held to, made on this bank; None: `prune.sparsity` of its
+        parameters."""
         self.bank = bank.to(device)
         self.prune = prune
+        self.budget = PruneBudget.parameters(bank, prune) if budget is None else budget
         self.world_size = world_size
         self.skipped = 0
         self._gate_optimizer = _adamw(bank.log_alpha, prune.lr)
@@ -158,7 +166,7 @@ class GateOptimizer:
             self.skipped += 1
             return
         (task,) = torch.autograd.grad(sampled, self.bank.log_alpha, gradient)
-        self._update(task, target_sparsity(step, self.prune.sparsity, self.prune.ramp_steps))
+        self._update(task, self._ramp(step))
 
     def _reduced(self, gradient: Tensor) -> Tensor:
         """Mean over ranks of dL/dz. The noise is shared, so reducing before the sampling graph
@@ -168,11 +176,15 @@ class GateOptimizer:
             gradient /= self.world_size
         return gradient
 
-    def _update(self, task: Tensor, target: float) -> None:
+    def _ramp(self, step: int) -> float:
+        """How much of the final target holds at a step, 0 to 1."""
+        return target_sparsity(step, 1.0, self.prune.ramp_steps)
+
+    def _update(self, task: Tensor, ramp: float) -> None:
         """task: (G,) gradient of the task loss by log-alpha. The constraint does not depend on the
         data: every rank has the same one, so it is added once, after the reduction."""
         bank = self.bank
-        penalty = lagrangian(bank.expected_sparsity(), target, bank.multipliers)
+        penalty = self.budget.constraint.penalty(ramp)
         constraint, ascent = torch.autograd.grad(penalty, (bank.log_alpha, bank.multipliers))
         bank.log_alpha.grad, bank.multipliers.grad = task + constraint, ascent
         self._gate_optimizer.step()
@@ -190,15 +202,16 @@ class GateOptimizer:
         self._frozen_active = None if structure is None else self._active(structure)
 
     def _final(self) -> Tensor:
-        reached = float(self.bank.actual_sparsity(self.bank.deterministic()))
-        if abs(reached - self.prune.sparsity) > _FAR:
+        constraint = self.budget.constraint
+        reached = float(constraint.actual(self.bank.deterministic()))
+        if abs(reached - constraint.sparsity) > _FAR:
             _log.warning(
                 "gates stand at sparsity %.3f, target %.3f: the rest is cut by rank; give the "
                 "constraint more steps (prune.ramp_steps, prune.freeze_step) or a larger prune.lr",
                 reached,
-                self.prune.sparsity,
+                constraint.sparsity,
             )
-        return meet_budget(self.bank, self.prune.sparsity)
+        return self.budget.structure()
 
     def structure(self) -> dict[str, Tensor]:
         """Slot name -> (U,) gates of exactly 0 or 1 that meet the budget: what surgery cuts. Does
@@ -223,18 +236,14 @@ class GateOptimizer:
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """target, expected and actual sparsity, actual sparsity by modality, and the multipliers.
+        """Target, expected and actual sparsity, also by modality (see `PruneBudget.shares`), and the
+        multipliers (their mean, where there are several pairs).
 
         Waits for the device; call it when a line is logged, not in every step.
         """
-        bank, hard = self.bank, self.hard_gates()
-        record = {
-            "target": target_sparsity(self._step, self.prune.sparsity, self.prune.ramp_steps),
-            "expected": float(bank.expected_sparsity()),
-            "actual": float(bank.actual_sparsity(hard)),
-        }
-        record |= {name: float(bank.actual_sparsity(hard, name)) for name in bank.modalities}
-        first, second = bank.multipliers.tolist()
+        ramp = self._ramp(self._step)
+        record = self.budget.shares(self.hard_gates(), ramp)
+        first, second = self.bank.multipliers.detach().reshape(2, -1).mean(1).tolist()
         return record | {"lambda1": first, "lambda2": second, "skipped": float(self.skipped)}
 
     def histograms(self) -> dict[str, Tensor]:
@@ -253,6 +262,7 @@ class GateOptimizer:
             "multiplier_optimizer": _optimizer_state(
                 self._multiplier_optimizer, self.bank.multipliers
             ),
+            "budget": self.budget.state_dict(),
             "frozen": None if self._frozen is None else self._frozen.cpu().clone(),
             "skipped": self.skipped,
             "step": self._step,
@@ -261,6 +271,8 @@ class GateOptimizer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError when the state belongs to other gates. Learning rates stay those of the
         configuration."""
+        if "budget" in state:  # earlier checkpoints hold to parameters, as this run then does
+            self.budget.load_state_dict(state["budget"])
         self.bank.load_state_dict(state["bank"])
         _load_optimizer_state(self._gate_optimizer, state["gate_optimizer"])
         _load_optimizer_state(self._multiplier_optimizer, state["multiplier_optimizer"])

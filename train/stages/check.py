@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 
 from train.config import KdConfig, RegionConfig, RunConfig
+from train.pruning.check import check_budget
 
 __all__ = ["check_stage"]
 
@@ -61,8 +62,7 @@ def check_stage(config: RunConfig) -> None:
     if config.stage == "distill" and config.teacher.path is None:
         raise ValueError("teacher.path: stage distill needs a teacher model folder")
     if config.prune is not None:
-        if not 0 < config.prune.sparsity < 1:
-            raise ValueError(f"prune.sparsity: {config.prune.sparsity} is not between 0 and 1")
+        check_budget(config)
         freeze = config.prune.freeze_step
         if freeze is not None and freeze > config.optim.steps:
             raise ValueError(

@@ -13,6 +13,7 @@ from models.config import ModelConfig
 from models.summary import PARTS, summarise
 from train.config import RunConfig, UserError, per_rank
 from train.monitor.flops import peak_flops, step_cost
+from train.pruning.check import budget_line
 from train.runtime.engine import engine_settings, zero_stage
 from train.stages.memory import StepMemory, stage_memory, step_memory
 from train.stages.plan import Speed, Work, measured_speed, samples_of_data, work
@@ -117,7 +118,7 @@ def _model_lines(config: RunConfig, student: ModelConfig, teacher: ModelConfig |
             cells = ("-" if count is None else f"{count / 1e6:.2f}M" for count in counts)
             lines.append(f"  {name:<12}" + "".join(f"{cell:>10}" for cell in cells))
     if config.prune is not None:
-        lines.append(f"prune {config.prune.sparsity:.0%} of the prunable parameters")
+        lines.append(budget_line(config))
     rows = data.batch * (data.rows_per_image if config.task == "vqa" else 1)
     return [
         *lines,

@@ -54,6 +54,7 @@ def walk(config: RunConfig, resume: str, rebase: bool = False) -> int:
             run.first.save(directory / ORIGIN)
         code = train(run, resume, rebase)
         if code == 0 and run.gates is not None:
+            run.gates.freeze()  # all ranks: a speed-up is measured, and they agree on what it says
             save_model(run)
             if dist.rank == 0:
                 slim_model(run)
@@ -104,5 +105,6 @@ def slim_model(run: Run) -> None:
     dense.save_pretrained(dense_folder, tokenizer=run.tokenizer)
     slim.save_pretrained(model_folder, tokenizer=run.tokenizer)
     report = sparsity_report(dense, slim, run.gates.prune.modalities)
+    report["budget"] = run.gates.budget.report(run.gates.hard_gates())
     (run.directory / "sparsity.json").write_text(json.dumps(report, indent=2) + "\n")
     _LOG.info("slim model written to %s: %s", model_folder, report)

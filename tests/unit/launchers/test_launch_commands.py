@@ -95,7 +95,18 @@ def test_slurm_script(capsys: pytest.CaptureFixture[str]) -> None:
         "time=4:00:00",
     ]
     assert (
-        run([*arguments, "--array", "--dry-run", "--", "distill", "a.yaml", "b.yaml", "out=x y"])
+        run(
+            [
+                *arguments,
+                "--array",
+                "--dry-run",
+                "--",
+                "distill",
+                "a.yaml",
+                "b.yaml",
+                "log.wandb=x y",
+            ]
+        )
         == 0
     )
     script = capsys.readouterr().out
@@ -110,7 +121,7 @@ def test_slurm_script(capsys: pytest.CaptureFixture[str]) -> None:
         assert line in script.splitlines()
     assert "@" not in script.replace("TERM@300", "")
     assert "DS_ACCELERATOR" not in script  # the node decides
-    assert "-m train.main distill b.yaml 'out=x y' ;;" in script
+    assert "-m train.main distill b.yaml 'log.wandb=x y' ;;" in script
 
 
 STAND_INS = {

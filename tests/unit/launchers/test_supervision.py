@@ -101,3 +101,14 @@ def test_no_orphans(tmp_path: Path) -> None:
     assert supervise(plan("-c", program)) == 0
     stat = Path("/proc", pid_file.read_text(), "stat")
     assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.parametrize(("begun", "code"), [(False, 75), (True, 143)])
+def test_a_stop_before_any_rank_is_no_failure(tmp_path: Path, begun: bool, code: int) -> None:
+    """The command sends us SIGTERM, as a scheduler would, before (or after) a rank has said where
+    it is, and dies of ours.
+    """
+    place = "open(os.path.join(os.environ['ESPALIER_JOB'], 'rank_0000'), 'w').write('{}')"
+    program = f"import os, signal, time; {place if begun else ''}\nos.kill(os.getppid(), 15)\n"
+    program += "while True: signal.pause()"
+    assert supervise(lambda folder: Plan([sys.executable, "-c", program])) == code

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.gates import GateBank, GateSlot
-from models.pruning.budget import ParameterBudget, meet_budget, target_sparsity
+from models.pruning.budget import target_sparsity
+from models.pruning.structure import meet_budget
 
 CHEAP, DEAR = 50, 1000
 
@@ -88,19 +89,3 @@ def test_only_dear_units_left():
 def test_impossible_share_is_refused():
     with pytest.raises(ValueError, match=r"prune\.sparsity"):
         meet_budget(make_bank(), 1.0)
-
-
-class Model:
-    def gate_slots(self):
-        return {"vision.0.heads": GateSlot(2), "text.0.ffn": GateSlot(5)}
-
-    def parameters_per_unit(self):
-        return {"vision.0.heads": 7, "text.0.ffn": 3}
-
-
-def test_parameter_budget():
-    budget = ParameterBudget(Model())
-    assert budget.total == 29 and budget.costs == {"vision.0.heads": 7, "text.0.ffn": 3}
-    assert ParameterBudget(Model(), ("text",)).total == 15
-    bank = GateBank(Model().gate_slots(), budget.costs, total=budget.total)
-    assert bank.total == budget.total

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models import presets
 from models.gates import GateBank
-from models.pruning.budget import meet_budget
+from models.pruning.structure import meet_budget
 from models.pruning.surgery import prune, sparsity_report, widths, with_widths
 from models.xvlm import XVLM
 

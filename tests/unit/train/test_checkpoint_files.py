@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,7 @@ from train.checkpoint.peers import Peers
 from train.checkpoint.retention import Best, Retention, stays
 from train.checkpoint.staging import StagingEngine, host_copy, write_files
 from train.config import UserError
+from train.runtime.loss_scale import CappedLossScaler, bound_loss_scale
 
 MUTATIONS = 500
 
@@ -206,6 +208,15 @@ def test_files_that_are_none_of_torchs_are_named(tmp_path: Path, content: bytes)
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(ManifestError, match=r"x\.pt: "):
         scan.scan(tmp_path / "x.pt")
+
+
+def test_the_loss_scale_of_an_fp16_run_is_kept_with_its_upper_end(tmp_path: Path) -> None:
+    scaler: Any = DynamicLossScaler(2.0**20, 1000, 1, 1, False)
+    optimizer = SimpleNamespace(loss_scaler=scaler)
+    bound_loss_scale(optimizer, 1024.0)
+    torch.save({"loss_scaler": host_copy(scaler)}, tmp_path / "x.pt")
+    loaded = scan.load(tmp_path / "x.pt")["loss_scaler"]
+    assert (loaded.cur_scale, loaded.max_scale, type(loaded)) == (1024.0, 1024.0, CappedLossScaler)
 
 
 # Copies
