@@ -32,12 +32,13 @@ class Costs:
         parts: part -> float32 (rows of the part's pass): images (or texts, where images were
             encoded for each text) of vision, texts of the others. With gradient in training.
         images: images of an example, 2 in forms of NLVR2.
-        dense: part -> MACs of the same example in the model without trimmers.
+        dense: part -> mean MACs of the same examples in the model without trimmers. Padding counts
+            in neither.
     """
 
     parts: Mapping[str, Tensor]
     images: int
-    dense: Mapping[str, int]
+    dense: Mapping[str, Tensor | float]
 
     def total(self) -> Tensor:
         """Mean MACs of an example, a scalar with gradient in training."""
@@ -49,7 +50,7 @@ class Costs:
 
     def share(self) -> Tensor:
         """`total` over that of the model without trimmers, for the cost term of the loss."""
-        return self.total() / float(sum(self.dense.values()))
+        return self.total() / sum(self.dense.values())
 
     def per_example(self) -> Tensor:
         """(B,) MACs of each example, where images belong to one text each.
@@ -92,22 +93,25 @@ def expected_macs(
         ValueError: when the trimmers were off in a pass.
     """
     parts: dict[str, Tensor] = {}
-    tokens = 0
+    dense: dict[str, Tensor | float] = {}
     if image is not None:
         parts["vision"] = _vision(config, image)
+        dense["vision"] = float(vision_macs(config) * _images(config))
     for output in (text, fused):
         if output is None:
             continue
         for part, macs in _stack(config, _record(output)).items():
             parts[part] = parts[part] + macs if part in parts else macs
-        tokens = max(tokens, _text_tokens(output))
+            whole = text_macs(config, _first_tokens(output), config.vision.output_tokens)  # type: ignore[arg-type]
+            dense[part] = _as_rows(whole[part == "fusion"], macs.detach()).mean()
     if answer_tokens is not None and fused is not None:
         left = _left(fused)
         parts["decoder"] = _as_rows(decoder_macs(config, answer_tokens, left), left)  # type: ignore[arg-type]
+        whole = decoder_macs(config, answer_tokens, _first_tokens(fused))  # type: ignore[arg-type]
+        dense["decoder"] = _as_rows(whole, left).mean()
     ordered = {
         part: parts[part] for part in ("vision", "text", "fusion", "decoder") if part in parts
     }
-    dense = dense_macs(config, tokens, answer_tokens or 0)
     return Costs(ordered, _images(config), {part: dense[part] for part in ordered})
 
 
@@ -279,9 +283,9 @@ def _left(output: EncoderOutput) -> Tensor:
     return torch.full((rows,), float(tokens), device=output.last.device)
 
 
-def _text_tokens(output: EncoderOutput) -> int:
-    """Text tokens of the longest row when the pass began."""
+def _first_tokens(output: EncoderOutput) -> Tensor:
+    """(B,) text tokens of each row when the pass began, padding not counted."""
     record = _record(output)
-    if record.sites:
-        return next(iter(record.sites.values())).tokens
-    return output.last.shape[1]
+    first = min(record.tokens)
+    found = record.sites[first].before if first in record.sites else record.tokens[first]
+    return found.detach()
