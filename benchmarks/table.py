@@ -160,12 +160,21 @@ def task_cells(work: Path, task: str, seed: int, steps: float) -> list[Cell]:
 
 
 def make_plan(work: Path, tasks: Sequence[str], seeds: int, steps: float = 1.0) -> list[Cell]:
-    """Every cell, what others need first; seed by seed, so that a stopped table has whole seeds."""
-    cells = [teacher_cell(work, task, steps) for task in tasks]
+    """Every cell, each soon before the first that needs it; seed by seed and task by task, so that a
+    stopped table has whole rows.
+    """
+    cells: list[Cell] = []
     for seed in range(seeds):
-        bases = [base_cell(work, seed, True, steps), base_cell(work, seed, False, steps)]
-        of_tasks = [task_cells(work, task, seed, steps) for task in tasks]
-        cells += [*bases, *(cell for part in of_tasks for cell in part)]
+        bases = {
+            cell.name: cell for cell in (base_cell(work, seed, kd, steps) for kd in (True, False))
+        }
+        for task in tasks:
+            teacher = teacher_cell(work, task, steps)
+            needed = bases | {teacher.name: teacher}
+            for cell in task_cells(work, task, seed, steps):
+                known = {other.name for other in cells}
+                cells += [needed[name] for name in cell.after if name in needed.keys() - known]
+                cells.append(cell)
     return cells
 
 

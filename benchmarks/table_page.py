@@ -77,8 +77,8 @@ def _task(task: str, cells: Sequence[Cell], args: Any) -> dict[str, Any] | None:
     ):
         both = sorted(by_kind[one].keys() & by_kind[other].keys())
         if both:
-            sides = [[by_kind[kind][seed] for seed in both] for kind in (one, other)]
-            value = difference(*sides, headline, args.draws)
+            ours, theirs = ([by_kind[kind][seed] for seed in both] for kind in (one, other))
+            value = difference(ours, theirs, headline, args.draws)
             result.setdefault("differences", {})[name] = value.to_dict()
     return result
 

@@ -75,7 +75,7 @@ class Items:
 
     def save(self, path: Path) -> None:
         """Writes an .npz without pickles."""
-        arrays = {f"sum:{name}": value for name, value in self.sums.items()}
+        arrays: dict[str, Any] = {f"sum:{name}": value for name, value in self.sums.items()}
         arrays |= {f"count:{name}": value for name, value in self.counts.items()}
         with path.open("wb") as file:
             np.savez_compressed(file, units=np.array(self.units), **arrays)
