@@ -1,5 +1,8 @@
 """Attention distillation: distances of attention maps, computed from traces; maps are never stored.
 
+On a GPU by the kernel attention_kd, which forms tiles of the maps and keeps none (docs/kernels.md);
+elsewhere, and for what it does not take, in chunks.
+
 Shape legend: B rows, H heads, Nq queries, Nk keys, d head size. The teacher gets no gradient.
 """
 
@@ -13,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.kernels import attention_kd, dispatch, reference_attention
 from models.outputs import AttentionTrace
 
 __all__ = [
@@ -22,6 +26,7 @@ __all__ = [
     "attention_mse_reference",
     "attention_probabilities",
     "check_maps",
+    "kernel_backend",
     "log_normalisers",
     "probabilities_mse",
     "visible_keys",
@@ -29,6 +34,7 @@ __all__ = [
 ]
 
 Kind = Literal["mse", "kl"]
+_KERNEL_KINDS: dict[Kind, str] = {"mse": "probabilities", "kl": "kl"}
 # Finite stand-in for minus infinity: a row without any visible key must not become NaN.
 _HIDDEN = -1e30
 # Elements of one chunk of an attention map: cache-sized on a CPU, large enough to fill a GPU.
@@ -224,10 +230,26 @@ def _detached(trace: AttentionTrace) -> AttentionTrace:
     )
 
 
+def kernel_backend(student: AttentionTrace, teacher: AttentionTrace) -> str:
+    """ "cuda" where the kernel attention_kd takes these maps, "compiled", or "reference".
+
+    Raises RuntimeError when the kernel was asked for explicitly and cannot run.
+    """
+    unsupported = attention_kd.unsupported(student.q, teacher.q)
+    return dispatch.pick("attention_kd", student.q.device.type, unsupported)
+
+
 def _distance(
     student: AttentionTrace, teacher: AttentionTrace, kind: Kind, chunk: int | None
 ) -> Tensor:
     check_maps(student, teacher)
+    backend = kernel_backend(student, teacher) if chunk is None else "reference"
+    if backend != "reference":
+        arguments = (student.q, student.k, teacher.q.detach(), teacher.k.detach())
+        arguments += (student.key_mask, teacher.key_mask, None, student.scale, teacher.scale)
+        arguments += (student.causal, teacher.causal, _KERNEL_KINDS[kind])
+        whole, kernel = reference_attention.attention_kd, attention_kd.kernel
+        return dispatch.call(backend, whole, kernel, *arguments)
     loss = _AttentionDistance.apply(
         student.q, student.k, _detached(student), _detached(teacher), kind, chunk
     )
@@ -261,7 +283,8 @@ def attention_mse(
 
     Args:
         student, teacher: traces with equal rows, heads, queries and keys; head sizes may differ.
-        chunk: elements of a map in memory at a time; None chooses by device.
+        chunk: take the chunked way, with about so many elements of a map in memory at a time; None
+            takes the kernel where it runs, else chunks by device.
 
     Raises:
         ValueError: the maps have different shapes.

@@ -22,6 +22,7 @@ from train.losses.attention import (
     attention_mse,
     attention_mse_reference,
     attention_probabilities,
+    kernel_backend,
     probabilities_mse,
     widen,
 )
@@ -211,7 +212,8 @@ def attention_distance(
     """One attention's distance to another.
 
     "probabilities": number of keys * mean squared difference of the maps, streamed (published).
-    "kl": mean KL of their rows; on CUDA by attention kernels, elsewhere streamed.
+    "kl": mean KL of their rows, streamed; on CUDA without the kernel attention_kd by those of
+        attention.
     "scores": mean squared difference before the softmax, by Gram matrices; not for causal attention.
 
     Raises:
@@ -220,7 +222,8 @@ def attention_distance(
     if kind == "scores":
         return scores_mse(student, teacher)
     if kind == "kl":
-        return (kl_by_attention if student.q.is_cuda else attention_kl)(student, teacher)
+        by_attention = student.q.is_cuda and kernel_backend(student, teacher) == "reference"
+        return (kl_by_attention if by_attention else attention_kl)(student, teacher)
     return attention_mse(student, teacher)
 
 

@@ -42,12 +42,10 @@ class Case:
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
     def double(self) -> Case:
-        return Case(
-            *(
-                value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-                for value in self.arguments
-            )
-        )
+        names = ("q", "k", "teacher_q", "teacher_k", "weight")
+        tensors = {name: getattr(self, name) for name in names}
+        wide = {name: None if t is None else t.double() for name, t in tensors.items()}
+        return replace(self, **wide)
 
 
 def make(

@@ -37,7 +37,8 @@ def truth(gradient: Tensor, context: Tensor, mask: Tensor) -> tuple[Tensor, Tens
         y = torch.einsum("bhnd,bh->bhnd", c, wide)
     else:
         y = torch.einsum("bnhd,bh->bnhd", c.unflatten(2, (heads, -1)), wide).flatten(2)
-    return (y.detach(), *torch.autograd.grad(y, (c, z), gradient.double()))
+    by_context, by_mask = torch.autograd.grad(y, (c, z), gradient.double())
+    return y.detach(), by_context, by_mask
 
 
 def run(
