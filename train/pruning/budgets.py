@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.config import ModelConfig
@@ -43,6 +44,7 @@ class PruneBudget:
         """(G,) gates of 0 or 1 that meet the budget. All ranks call it."""
         return constrained(self.constraint, multiple=self.multiple)
 
+    @torch.no_grad()
     def shares(self, hard: Tensor, ramp: float) -> dict[str, float]:
         """Shares removed, of everything and by modality: the ramped "target", what the gates are
         "expected" to remove, and "actual" when the gates at 0 in `hard` (G,) are cut; "MODALITY" is
@@ -112,8 +114,8 @@ class SpeedupBudget(PruneBudget):
 
     Attributes:
         target: how many times as fast as the table's reference.
-        tries: what was measured: "share" of the gated time that the structure removes, "predicted"
-            and "measured" speed-up with its quartiles; the chosen one is marked.
+        tries: what was measured: "share" of the gated time asked for, "predicted" and "measured"
+            speed-up of the structure with quartiles; the chosen one is marked.
     """
 
     def __init__(
@@ -179,7 +181,7 @@ class SpeedupBudget(PruneBudget):
         share, found = rule.sparsity, []
         for number in range(_ROUNDS):
             z = constrained(rule, share, self.multiple)
-            self._try(z)
+            self._try(z, share)
             found.append(z)
             last = self.tries[-1]
             missed = last["measured"] / self.target - 1.0
@@ -206,13 +208,13 @@ class SpeedupBudget(PruneBudget):
         rule.sparsity = self.tries[best]["share"]
         return found[best]
 
-    def _try(self, z: Tensor) -> None:
+    def _try(self, z: Tensor, share: float) -> None:
         rule = self.constraint
         told = self.predicted(z)
         seen = self.measure(pruned_config(self.dense, rule.bank.split(z)))
         self.tries.append(
             {
-                "share": float(rule.actual(z)),
+                "share": share,
                 "predicted": told,
                 "measured": seen.median,
                 "q1": seen.q1,

@@ -70,7 +70,8 @@ class Stopwatch:
 
     def model(self, config: ModelConfig) -> XVLM:
         """A model of this shape with random weights."""
-        return XVLM(config).to(self.device, DTYPES[self.dtype]).eval()
+        model = XVLM(config).to(self.device, DTYPES[self.dtype])
+        return model.eval().requires_grad_(False)
 
     def times(self, calls: Sequence[tuple[str, Call]]) -> dict[str, list[float]]:
         """name -> seconds of each round; short calls are repeated in a round and averaged."""
@@ -88,10 +89,10 @@ class Stopwatch:
 
     def _once(self, call: Call) -> float:
         self.wait()
-        begin = time.perf_counter()
+        begin = self.clock()
         call()
         self.wait()
-        return time.perf_counter() - begin
+        return self.clock() - begin
 
     def about(self) -> dict[str, Any]:
         """What its readings belong to."""
@@ -161,7 +162,7 @@ def _alone(part: nn.Module, width: int, inputs: _Inputs, like: Tensor) -> Call:
         assert isinstance(part, FeedForward)
         layer = FeedForward(part.width, width, "gelu", "pre" if part.gate_first else "post")
         layer.activation = part.activation
-    layer = layer.to(like.device, like.dtype).eval()
+    layer = layer.to(like.device, like.dtype).eval().requires_grad_(False)
     plain = [(args, kwargs | {"memory": None} if "memory" in kwargs else kwargs)
              for args, kwargs in inputs]  # fmt: skip
     cached = any(kwargs.get("cache") is not None for _, kwargs in plain)
