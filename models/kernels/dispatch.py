@@ -61,6 +61,7 @@ def configure(text: str) -> None:
     """Sets what the run file asks for; ESPALIER_KERNELS still comes first."""
     global _configured
     _configured = parse(text)
+    _resolve.cache_clear()
     _told.clear()
 
 

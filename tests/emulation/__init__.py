@@ -11,10 +11,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -58,24 +59,47 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + (last + 1) * tensor.element_size()
 
 
-def compile_library(sources: Iterable[Path], output: Path) -> None:
-    """Compiles the .cu files among `sources` with g++. Raises RuntimeError with the compiler's text."""
-    compiler = os.environ.get("CXX", "g++").split()[0]
-    units = [path for path in sources if path.suffix == ".cu"] + [HERE / "emulation.cpp"]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+def _with_headers(path: Path, found: dict[Path, bytes]) -> dict[Path, bytes]:
+    """A source file and what it includes of ours, with contents."""
+    if path in found:
+        return found
+    found[path] = path.read_bytes()
+    for name in re.findall(rb'#include "([^"]+)"', found[path]):
+        for folder in (path.parent, HERE):
+            if (folder / name.decode()).is_file():
+                _with_headers(folder / name.decode(), found)
+    return found
 
-        def compile_one(unit: Path) -> Path:
-            target = Path(folder) / f"{unit.stem}.o"
+
+def _object(unit: Path) -> Path:
+    """One compiled source file, from the cache if it and its headers are as they were."""
+    digest = hashlib.sha256(repr((FLAGS, unit.name)).encode())
+    for content in _with_headers(unit, {}).values():
+        digest.update(content)
+    target = CACHE / f"{unit.stem}-{digest.hexdigest()[:16]}.o"
+    if not target.is_file():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            part = Path(folder) / "part.o"
             include = [f"-I{HERE}", f"-I{unit.parent}"]
-            _run([compiler, *FLAGS, *include, "-x", "c++", "-c", str(unit), "-o", str(target)])
-            return target
+            _run([_compiler(), *FLAGS, *include, "-x", "c++", "-c", str(unit), "-o", str(part)])
+            os.replace(part, target)
+    return target
 
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            objects = [str(path) for path in pool.map(compile_one, units)]
+
+def compile_library(csrc: Path, output: Path) -> None:
+    """Compiles the .cu files of a folder with g++. Raises RuntimeError with the compiler's text."""
+    units = [*sorted(csrc.glob("*.cu")), HERE / "emulation.cpp"]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = [str(path) for path in pool.map(_object, units)]
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         library = Path(folder) / "library.so"
-        _run([compiler, "-shared", "-o", str(library), *objects])
+        _run([_compiler(), "-shared", "-o", str(library), *objects])
         os.replace(library, output)
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++").split()[0]
 
 
 def _run(command: list[str]) -> None:
@@ -86,15 +110,19 @@ def _run(command: list[str]) -> None:
 
 @cache
 def emulated() -> Emulated:
-    """The emulated library, compiled once for these sources; skips the test without a compiler."""
-    if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
+    """The emulated library, compiled once for these sources; skips the test without a compiler.
+
+    ESPALIER_EMULATION names a folder that is compiled in the place of csrc/ (tests/mutation).
+    """
+    if shutil.which(_compiler()) is None:
         pytest.skip("no C++ compiler for the emulation")
+    csrc = Path(os.environ.get("ESPALIER_EMULATION", build.CSRC))
     digest = hashlib.sha256(repr(FLAGS).encode())
-    for path in [*build.sources(), *sorted(HERE.glob("emulation.*"))]:
-        digest.update(path.read_bytes())
+    for path in sorted([*csrc.glob("*.cu*"), *HERE.glob("emulation.*")]):
+        digest.update(path.name.encode() + path.read_bytes())
     output = CACHE / f"{digest.hexdigest()[:16]}.so"
     if not output.is_file():
-        compile_library(build.sources(), output)
+        compile_library(csrc, output)
     return Emulated(output)
 
 

@@ -25,12 +25,12 @@ template <class T, int V> struct alignas(sizeof(T) * V) Vector {
 };
 
 template <int V, class T> ESP_DEVICE Vector<T, V> load(const T* pointer) {
-  ESP_CHECK_ACCESS(pointer, sizeof(T) * V);
+  if (!ESP_MAY_ACCESS(pointer, sizeof(T) * V)) return {};
   return *reinterpret_cast<const Vector<T, V>*>(pointer);
 }
 
 template <int V, class T> ESP_DEVICE void store(T* pointer, const Vector<T, V>& vector) {
-  ESP_CHECK_ACCESS(pointer, sizeof(T) * V);
+  if (!ESP_MAY_ACCESS(pointer, sizeof(T) * V)) return;
   *reinterpret_cast<Vector<T, V>*>(pointer) = vector;
 }
 

@@ -101,7 +101,8 @@ template <class In, class Out, int V> ESP_DEVICE void fold_item(const FoldItem& 
   }
 }
 
-template <class In, class Out> ESP_KERNEL(FOLD_THREADS) fold_forward(ESP_GRID_CONSTANT FoldTable table) {
+template <class In, class Out>
+ESP_KERNEL_RESIDENT(FOLD_THREADS, 4) fold_forward(ESP_GRID_CONSTANT FoldTable table) {
   const FoldItem& item = find_item(table, blockIdx.x);
   if (item.width == FOLD_WIDTH) {
     fold_item<In, Out, FOLD_WIDTH>(item);
@@ -162,7 +163,8 @@ template <class In, class Out, int V> ESP_DEVICE void unfold_item(const FoldItem
   }
 }
 
-template <class In, class Out> ESP_KERNEL(FOLD_THREADS) fold_backward(ESP_GRID_CONSTANT FoldTable table) {
+template <class In, class Out>
+ESP_KERNEL_RESIDENT(FOLD_THREADS, 4) fold_backward(ESP_GRID_CONSTANT FoldTable table) {
   const FoldItem& item = find_item(table, blockIdx.x);
   if (item.width == FOLD_WIDTH) {
     unfold_item<In, Out, FOLD_WIDTH>(item);

@@ -27,7 +27,7 @@
   kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define ESP_STATUS() static_cast<int>(cudaGetLastError())
 // The emulation checks that an access is aligned and inside a tensor; on a GPU compute-sanitizer does.
-#define ESP_CHECK_ACCESS(pointer, bytes)
+#define ESP_MAY_ACCESS(pointer, bytes) true
 
 namespace esp {
 using half = __half;

@@ -1,0 +1,1 @@
+"""Breaks the code on purpose and asks whether the tests notice."""
