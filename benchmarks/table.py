@@ -28,6 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,12 +273,14 @@ def finished(cell: Cell, work: Path, identity: str) -> bool:
 
 def run_cell(cell: Cell, work: Path, identity: str, place: str, args: argparse.Namespace) -> int:
     """Train (or go on training) and score one cell. Exit code of the training."""
-    from train.demo import Stage, run_stage
+    from train.demo import Stage, run_stage, stream
 
     folder, trained, began = work / cell.name, 0.0, time.monotonic()
     if cell.argv:
         stage = Stage(cell.name.replace("/", "-"), cell.kind, cell.argv, ("run",), cell.argv[1])
-        code, trained = run_stage(stage, folder, identity, place)
+        # A training that outlives a killed table holds the lock until it ends.
+        holds = partial(stream, pass_fds=(args.lock,))
+        code, trained = run_stage(stage, folder, identity, place, holds)
         if code:
             return code
     known: dict[str, Any] = {"identity": identity, "train_seconds": round(trained, 1)}
@@ -297,15 +300,21 @@ def run_cell(cell: Cell, work: Path, identity: str, place: str, args: argparse.N
 
 
 @contextmanager
-def alone(work: Path) -> Iterator[None]:
-    """One table in a folder at a time. Raises ValueError where another one runs."""
+def alone(work: Path) -> Iterator[int]:
+    """One table in a folder at a time: the lock's file descriptor, for processes that it starts.
+
+    Raises:
+        ValueError: another one runs, or a training that a killed one has left.
+    """
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{work}: another table runs in this folder (--work)") from None
-        yield
+            raise ValueError(
+                f"{work}: another table, or a training that one has left, runs in this folder"
+            ) from None
+        yield file.fileno()
 
 
 def slowness(cells: Sequence[Cell], work: Path) -> float:
@@ -412,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{'in all':24s} {hours(sum(cell.seconds for cell in cells)):>8s}")
         return 0
     try:
-        with alone(args.work):
+        with alone(args.work) as args.lock:
             prepare(args.work, args.scenes)
             return run_all(cells, identities(cells), args)
     except (ValueError, FileNotFoundError) as error:

@@ -24,7 +24,7 @@ from typing import Any
 
 from train.export.summary import write_summary
 
-__all__ = ["Plan", "Stage", "main", "make_plan", "run_stage"]
+__all__ = ["Plan", "Stage", "main", "make_plan", "run_stage", "stream"]
 
 ROOT = Path(__file__).resolve().parent.parent
 _TOP_K = 4
@@ -240,9 +240,9 @@ def _environment() -> dict[str, str]:
     return env
 
 
-def _stream(command: Sequence[str], log: Path) -> int:
+def stream(command: Sequence[str], log: Path, pass_fds: Sequence[int] = ()) -> int:
     """Run `command`, its output on the screen and in `log`; a signal reaches it and its end is
-    awaited.
+    awaited. It inherits `pass_fds`, such as that of a lock which it shall hold to its end.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
@@ -256,6 +256,7 @@ def _stream(command: Sequence[str], log: Path) -> int:
             cwd=ROOT,
             env=_environment(),
             start_new_session=True,
+            pass_fds=tuple(pass_fds),
         )
         assert process.stdout is not None
 
@@ -282,7 +283,7 @@ def run_stage(
     out: Path,
     identity: str,
     place: str,
-    stream: Callable[[Sequence[str], Path], int] = _stream,
+    stream: Callable[[Sequence[str], Path], int] = stream,
     clock: Callable[[], float] = time.monotonic,
     began: float | None = None,
 ) -> tuple[int, float]:

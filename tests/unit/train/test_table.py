@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -121,12 +122,20 @@ def test_no_cell_begins_that_would_not_end_in_time(tmp_path, monkeypatch, capsys
     assert "more than --max-hours leaves" in capsys.readouterr().out
 
 
-def test_one_table_at_a_time(tmp_path):
-    with (
-        table.alone(tmp_path),
-        pytest.raises(ValueError, match="another table runs"),
-        table.alone(tmp_path),
-    ):
+def test_one_table_at_a_time_and_a_training_that_was_left_counts(tmp_path):
+    script = "import sys; print('up', flush=True); sys.stdin.read()"
+    with table.alone(tmp_path) as lock:
+        with pytest.raises(ValueError, match="another table"), table.alone(tmp_path):
+            pass
+        left = subprocess.Popen(
+            [sys.executable, "-c", script], pass_fds=(lock,), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert left.stdout is not None and left.stdout.readline() == "up\n"
+    with pytest.raises(ValueError, match="a training that one has left"), table.alone(tmp_path):
+        pass
+    left.communicate("")
+    with table.alone(tmp_path):
         pass
 
 
