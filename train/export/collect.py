@@ -48,6 +48,7 @@ class Collected:
         summary: the demo's summary.json; None without one.
         curves: stages that left metrics.
         kept: part -> (row, kept, total) of heads and FFN units of the pruned model.
+        budgets: pruning run -> what it was held to and what came of it ("budget" of sparsity.json).
         pictures: folder that example pictures are relative to.
     """
 
@@ -55,6 +56,7 @@ class Collected:
     summary: dict[str, Any] | None = None
     curves: list[Curve] = field(default_factory=list)
     kept: Kept = field(default_factory=dict)
+    budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
     pictures: Path | None = None
 
 
@@ -155,6 +157,10 @@ def _add_run(run: Path, name: str, found: Collected) -> None:
         records = read_metrics(run / "metrics.jsonl")
         if records:
             found.curves.append(Curve(name, str(values.get("stage", "")), records))
+    if (run / "sparsity.json").is_file():
+        budget = _read_json(run / "sparsity.json").get("budget")
+        if budget:  # runs of earlier versions have none
+            found.budgets[name] = budget
     if (
         values.get("stage") == "prune"
         and not found.kept

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from train.export import charts
+from train.export.budgets import budget_section, modality_chart
 from train.export.collect import Collected, Curve, collect
 
 __all__ = ["COLOURS", "render", "verdict", "write_report"]
@@ -274,7 +275,9 @@ def _curves(curves: Iterable[Curve]) -> str:
             if curve.stage and curve.stage != curve.name
             else curve.name
         )
-        for kind, chart in (("loss", _loss_chart(curve)), ("sparsity", _sparsity_chart(curve))):
+        drawn = {"loss": _loss_chart(curve), "sparsity": _sparsity_chart(curve)}
+        drawn["removed by modality"] = modality_chart(curve.series, curve.name)
+        for kind, chart in drawn.items():
             if chart:
                 blocks.append(f"<div><h3>{escape(title)}, {kind}</h3>{chart}</div>")
     if not blocks:
@@ -364,7 +367,7 @@ def render(found: Collected, title: str | None = None) -> str:
     ]
     if summary is not None:
         body += [_facts(summary), _table(summary), _speed_plots(summary), _types(summary)]
-    body += [_gates(found.kept), _curves(found.curves)]
+    body += [_gates(found.kept), budget_section(found.budgets), _curves(found.curves)]
     if summary is not None:
         body.append(_examples(summary, found.pictures))
     body.append(_footer(summary))
