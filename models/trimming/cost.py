@@ -48,9 +48,14 @@ class Costs:
         ]
         return torch.stack(means).sum()
 
+    def total_dense(self) -> Tensor:
+        """Mean MACs of the same examples in the model without trimmers, a scalar."""
+        like = next(iter(self.parts.values()))
+        return torch.stack([torch.as_tensor(part).to(like) for part in self.dense.values()]).sum()
+
     def share(self) -> Tensor:
-        """`total` over that of the model without trimmers, for the cost term of the loss."""
-        return self.total() / sum(self.dense.values())
+        """`total` over `total_dense`, for the cost term of the loss."""
+        return self.total() / self.total_dense()
 
     def per_example(self) -> Tensor:
         """(B,) MACs of each example, where images belong to one text each.
@@ -205,8 +210,11 @@ def _vision(config: ModelConfig, output: EncoderOutput) -> Tensor:
 
 
 def _spread(cost: Tensor, rows: int) -> Tensor:
-    """Costs of the images in front of the first guided site, divided among their texts."""
-    return cost if len(cost) == rows else cost.sum().expand(rows) / rows
+    """Costs of the images in front of the first guided site, for texts that may share them.
+
+    Each text counts a whole image, as `dense_macs` does: in service it comes with its own.
+    """
+    return cost if len(cost) == rows else cost.mean().expand(rows)
 
 
 def _pool(vision: VisionConfig, patches: Tensor) -> Count:

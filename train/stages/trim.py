@@ -128,8 +128,7 @@ def keep_counts(
 
 
 def _count(found: list[float], trim: TrimConfig) -> float:
-    values = torch.tensor(found, dtype=torch.float64)
-    return float(values.mean() if trim.keep == "mean" else values.quantile(_MOST))
+    return _mean(found) if trim.keep == "mean" else _most(found)
 
 
 def finish_trimming(
@@ -167,10 +166,18 @@ def finish_trimming(
 
 
 def _valid(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Without the batch that padding fills up: repeated rows would count twice."""
+    """Without the batch that padding fills up: repeated rows would count twice. Where all inputs
+    are fewer than a batch, they are better counted so than not at all.
+    """
+    whole, last = 0, None
     for batch in batches:
         if bool(batch.valid.all()):
+            whole += 1
             yield batch
+        last = batch
+    if not whole and last is not None:
+        _LOG.warning("fewer held-out inputs than eval.batch: some count twice in %s", REPORT)
+        yield last
 
 
 def _summary(kept: Kept, trim: TrimConfig, trimming: TrimmingConfig) -> dict[str, Any]:
@@ -200,4 +207,5 @@ def _mean(values: list[float]) -> float:
 
 
 def _most(values: list[float]) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).quantile(_MOST))
+    """The smallest of the numbers that is enough for `_MOST` of them."""
+    return sorted(values)[math.ceil(_MOST * len(values)) - 1]

@@ -31,7 +31,7 @@ class TrimTask(Task):
     """A task's losses with and without trimming, self-distillation, and the cost.
 
     Both passes run on every rank in every step, and trimming masks, so that all ranks run one
-    graph. The cost is the mean over the batches of all ranks: its term does not depend on how many
+    graph. The cost is counted over the batches of all ranks: its term does not depend on how many
     ranks share a batch.
 
     Attributes:
@@ -86,7 +86,7 @@ class TrimTask(Task):
 
     def _cost(self, costs: Costs, ours: Scored, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         trim = self.trim
-        macs = _over_ranks(costs.share())
+        macs = _over_ranks(costs.total()) / _over_ranks(costs.total_dense())
         target = trim.target(step, self.steps)
         metrics = {
             "macs_share": macs.detach(),
@@ -133,33 +133,45 @@ def _records(done: Scored) -> dict[str, TrimRecord]:
 def kept_shares(done: Scored) -> tuple[Tensor, Tensor | None]:
     """Mean kept share over the token sites, and over attentions with a head trimmer (or None).
 
-    Of the tokens that could go at all; with gradient.
+    Of the tokens that could go at all: neither protected ones nor padding; with gradient.
     """
-    tokens, heads = [], []
-    for record in _records(done).values():
-        for sites in (record.sites, record.context_sites):
-            tokens += [_kept(site.kept, site.spread, site.tokens) for site in sites.values()]
-        for chosen in (record.heads, record.cross_heads):
-            heads += [part.mean() for part in chosen.values()]
+    tokens = list(_token_shares(done).values())
+    heads = [
+        part.mean()
+        for record in _records(done).values()
+        for chosen in (record.heads, record.cross_heads)
+        for part in chosen.values()
+    ]
     if not tokens and not heads:
         raise ValueError("this pass has no trimmers: nothing to count")
     every = torch.stack(tokens).mean() if tokens else torch.stack(heads).mean().new_ones(())
     return every, torch.stack(heads).mean() if heads else None
 
 
-def _kept(kept: Tensor, spread: Any, tokens: int) -> Tensor:
-    return spread(kept).sum(1).mean() / tokens
+def _token_shares(done: Scored) -> dict[str, Tensor]:
+    """Token site -> kept share of what could go in front of the first site of its tokens."""
+    values: dict[str, Tensor] = {}
+    records = _records(done)
+    # An image that comes trimmed to the fusion layers is compared with the whole image.
+    seen = next(iter(records["vision"].sites.values()), None) if "vision" in records else None
+    for name, record in records.items():
+        for kind, sites, whole in (
+            (name, record.sites, None),
+            ("image", record.context_sites, seen),
+        ):
+            for layer, site in sites.items():
+                whole = site if whole is None else whole
+                could = whole.movable.float().sum(1).mean()
+                kept = (site.kept * site.movable).sum(1).mean()
+                values[f"{kind}.{layer}"] = kept / could.clamp_min(1.0)
+    return values
 
 
 @torch.no_grad()
 def site_shares(done: Scored) -> dict[str, Tensor]:
     """Kept share of tokens at each site and of heads at each attention, by name, for the record."""
-    values: dict[str, Tensor] = {}
+    values = {f"keep/{name}": share for name, share in _token_shares(done).items()}
     for name, record in _records(done).items():
-        for layer, site in record.sites.items():
-            values[f"keep/{name}.{layer}"] = _kept(site.kept, site.spread, site.tokens)
-        for layer, site in record.context_sites.items():
-            values[f"keep/image.{layer}"] = _kept(site.kept, site.spread, site.tokens)
         for kind in ("heads", "cross_heads"):
             for layer, part in getattr(record, kind).items():
                 values[f"keep/{name}.{layer}.{kind}"] = part.mean()

@@ -89,7 +89,7 @@ def cost_of(model: XVLM, batch: Batch) -> Any:
 
 
 def test_every_mode_expects_the_same_of_each_row():
-    """Batched counts are those of the rows alone; images in front of the guide are shared."""
+    """Whoever shares the blocks in front of the guide: each text counts an image of its own."""
     model = trimmed()
     batch = Batch(model)
     found = []
@@ -101,6 +101,14 @@ def test_every_mode_expects_the_same_of_each_row():
         for part, rows in costs.parts.items():
             torch.testing.assert_close(rows, found[0].parts[part], rtol=1e-6, atol=0)
     assert 0.2 < float(found[0].share()) < 0.9
+    shared, text = model.config, batch.ids[:1]
+    with torch.no_grad():
+        guide = model.encode_text(text, None).last[:, 0].expand(4, -1)
+        one = batch.images[:1]
+        many = model.encode_image(one, image_index=torch.zeros(4, dtype=torch.int64), guide=guide)
+        alone = model.encode_image(one, guide=guide[:1])
+    costs = [float(expected_macs(shared, image=found).total()) for found in (many, alone)]
+    assert costs[0] == pytest.approx(costs[1])
 
 
 def test_a_model_that_keeps_everything_costs_the_whole_and_its_trimmers():
