@@ -20,18 +20,20 @@ _PARTS = ("vision.trimmers.", "text.trimmers.")
 def default_trimming(config: ModelConfig, **changes: Any) -> TrimmingConfig:
     """Sites for a model: every vision block but the first, and the first fusion layer.
 
-    Text tokens, a few per cent of the cost, are left alone. Guided by the text where an image is
-    seen with one text (VQA, NLVR2, captions, grounding); by itself for retrieval and pre-training,
-    so that image features can be cached.
+    Guided by the text where an image is seen with one text (VQA, NLVR2, captions, grounding). For
+    retrieval and pre-training the vision encoder trims by itself and the fusion layers do not:
+    image features can be cached, and texts share an image's keys and values. Text tokens, a few per
+    cent of the cost, are left alone.
 
     Args:
         changes: fields of `TrimmingConfig` that are to differ.
     """
     pairs = 1 if config.text.pair_heads is None else 2  # the first layer of each image
+    one_text = config.form in _GUIDED
     values: dict[str, Any] = {
         "vision": tuple(range(1, config.vision.layers)),
-        "fusion": tuple(range(min(pairs, config.text.fusion_layers))),
-        "guided": config.form in _GUIDED and config.vision.layers > 1,
+        "fusion": tuple(range(min(pairs, config.text.fusion_layers))) if one_text else (),
+        "guided": one_text and config.vision.layers > 1,
     }
     return TrimmingConfig(**(values | changes))
 
