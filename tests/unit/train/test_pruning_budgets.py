@@ -18,7 +18,7 @@ from models.config import ModelConfig
 from models.gates import GateBank
 from models.pruning.budget import Constraint, WidthCosts, bank_widths
 from models.pruning.latency import LatencyTable, kind_of
-from models.pruning.surgery import pruned_config, widths
+from models.pruning.surgery import pruned_config, widths, with_widths
 from models.xvlm import XVLM
 from train.config import BudgetConfig, DataConfig, EvalConfig, PruneConfig, RunConfig
 from train.evaluation.workload import Workload
@@ -209,12 +209,15 @@ def test_targets_that_cannot_be(target, told):
 SMALL = Workload(text_tokens=6, answers=4, top_k=2, beams=2, caption_tokens=6)
 
 
-@pytest.mark.parametrize("form", ["vqa", "nlvr2", "captioning"])
-def test_every_layer_is_timed_on_what_it_gets(form, monkeypatch):
+@pytest.mark.parametrize(
+    ("form", "cut"), [("vqa", {}), ("nlvr2", {}), ("captioning", {}),
+                      ("nlvr2", {"fusion.0.cross_heads": 0})],
+)  # fmt: skip
+def test_every_layer_is_timed_on_what_it_gets(form, cut, monkeypatch):
     """With a clock that counts multiply-accumulates a table must say what the formulas say."""
     monkeypatch.setattr("train.pruning.latency._STEPS", 2)
     monkeypatch.setattr("train.pruning.latency._SHORT", 0.0)  # nothing is repeated
-    student = presets.config("blocksworld-micro-student", form=form)
+    student = with_widths(presets.config("blocksworld-micro-student", form=form), cut)
     teacher = presets.config("blocksworld-micro-teacher", form=form)
     with FlopCounterMode(display=False) as counter:
         watch = Stopwatch(repeats=2, clock=lambda: counter.get_total_flops() / 2.0)
