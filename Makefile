@@ -14,13 +14,14 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help test test-full demo lint clean install warm
+.PHONY: help test test-full demo lint clean install warm kernels-mutants
 
 help:
 	@echo "make test    set up .venv and run the whole test suite"
 	@echo "make test-full  the whole grid of ZeRO stages, accumulation, checkpointing and offload, recorded in benchmarks/results"
 	@echo "make demo    set up .venv, then distil, prune and compare on the embedded data set (15 minutes on 2 cores)"
 	@echo "make chaos   kill training runs at random moments and compare (ROUNDS=100, about an hour)"
+	@echo "make kernels-mutants  break the CUDA sources in one place at a time: do the tests notice?"
 	@echo "make lint    ruff, pyright, import-linter and codespell"
 	@echo "make clean   remove .venv, caches and the demo's results"
 
@@ -56,6 +57,9 @@ demo: $(WARM)
 ROUNDS ?= 100
 chaos: $(WARM)
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(PY) -m tests.distributed.chaos --rounds $(ROUNDS) --json benchmarks/results/chaos.json
+
+kernels-mutants: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m tests.mutation.kernels
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -15,6 +15,7 @@ from data_pipeline.remote import RemoteOptions
 from data_pipeline.text import load_tokenizer
 from models.config import ModelConfig
 from models.gates import GateBank
+from models.kernels import dispatch as kernels
 from models.xvlm import XVLM
 from train.checkpoint.manager import CheckpointManager
 from train.checkpoint.state import plain_config
@@ -238,6 +239,7 @@ def build(config: RunConfig, dist: Distributed) -> Run:
         Stopped: a signal came.
     """
     directory = Path(config.out)
+    kernels.configure(config.engine.kernels)
     tokenizer = load_tokenizer(tokenizer_folder(config))
     teacher = Teacher.load(config.teacher, dist.device) if config.teacher.path else None
     if config.stage == "distill" and teacher is None:

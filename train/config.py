@@ -341,6 +341,8 @@ class EngineConfig:
         activation_checkpointing: the student's blocks compute their activations again in the
             backward instead of keeping them.
         compile: torch.compile mode of the student's encoders (ZeRO 0 to 2).
+        kernels: "auto" (CUDA kernels where they can run), "reference", "compiled" or "cuda"; single
+            ops apart with "auto,ffn_act_mask=reference". ESPALIER_KERNELS comes before it.
         collective_timeout: minutes that a rank waits for the others in a step before the run fails;
             None: 10, or what DEEPSPEED_TIMEOUT says.
     """
@@ -352,6 +354,7 @@ class EngineConfig:
     offload: Literal["none", "optimizer", "parameters"] = "none"
     activation_checkpointing: bool = False
     compile: Compile = "none"
+    kernels: str = "auto"
     collective_timeout: float | None = None
 
 

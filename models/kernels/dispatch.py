@@ -47,13 +47,18 @@ def parse(text: str) -> dict[str, str]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         op, separator, backend = part.rpartition("=")
         if backend not in BACKENDS:
-            raise ValueError(f"kernels: {part!r} names no backend; choose one of {BACKENDS}")
+            raise ValueError(
+                f"engine.kernels or {ENVIRONMENT}: {part!r} names no backend; choose one of "
+                f"{', '.join(BACKENDS)}"
+            )
         if not separator:
             default = backend
         elif op in OPS:
             single[op] = backend
         else:
-            raise ValueError(f"kernels: there is no op {op!r}; ops are {', '.join(OPS)}")
+            raise ValueError(
+                f"engine.kernels or {ENVIRONMENT}: there is no op {op!r}; ops are {', '.join(OPS)}"
+            )
     return {op: single.get(op, default) for op in OPS}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import json
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ import torch
 from models.kernels import build, library
 from tests.emulation import emulated
 
+ROOT = Path(__file__).resolve().parents[4]
 REPORT = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z3fooPf' for 'sm_80'
 ptxas info    : Function properties for _Z3fooPf
@@ -35,12 +38,16 @@ def test_report_of_ptxas() -> None:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[build.Kernel]]:
-    """Everything for both architectures, as a wheel carries it."""
+def built() -> tuple[Path, list[build.Kernel]]:
+    """Everything for both architectures, as a wheel carries it; kept while the sources stay."""
     if build.find_nvcc() is None:
         pytest.skip("no nvcc here: the CUDA code is compiled where there is one")
-    path = tmp_path_factory.mktemp("kernels") / "libespalier.so"
-    return path, build.build(path)
+    folder = ROOT / ".cache" / "kernels" / build.source_hash()
+    path, report = folder / "libespalier.so", folder / "report.json"
+    if not report.is_file():
+        kernels = build.build(path)
+        report.write_text(json.dumps([dataclasses.asdict(kernel) for kernel in kernels]))
+    return path, [build.Kernel(**kernel) for kernel in json.loads(report.read_text())]
 
 
 @pytest.mark.slow
