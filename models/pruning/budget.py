@@ -187,7 +187,8 @@ class Constraint:
         if not 0.0 <= sparsity < 1.0:
             raise ValueError(f"share to remove must lie in [0, 1), not {sparsity:.4f}")
         device = bank.log_alpha.device
-        self.bank, self.costs, self.sparsity, self.scope = bank, costs.to(device), sparsity, scope
+        self.bank, self.costs, self.sparsity = bank, costs.to(device), sparsity
+        self.scope: Scope = scope
         self.groups = _groups(bank, scope)
         self._member = torch.tensor(
             [[float(row.name in names) for row in bank.rows] for names in self.groups.values()],

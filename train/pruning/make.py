@@ -89,11 +89,11 @@ def _from_rank_0(dist: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any
     box: list[Any] = [None]
     if dist.rank == 0:
         try:
-            box[0] = ("made", make())
+            box[0] = (make(), "")
         except ValueError as error:
-            box[0] = ("failed", str(error))
+            box[0] = ({}, str(error))
     torch.distributed.broadcast_object_list(box, src=0, device=dist.device)
-    state, value = box[0]
-    if state == "failed":
-        raise ValueError(value)
-    return value
+    made, failed = box[0]
+    if failed:
+        raise ValueError(failed)
+    return made
