@@ -27,6 +27,7 @@ __all__ = [
     "TextEmbeddings",
     "TextStack",
     "bert_layer",
+    "contexts_of",
     "initialise_bert",
     "run_layers",
 ]
@@ -131,6 +132,20 @@ def initialise_bert(module: nn.Module, std: float) -> None:
                 part.weight[part.padding_idx].zero_()
 
 
+def contexts_of(states: Images, mask: ImageMasks, wanted: int) -> list[Context]:
+    """(states, mask) of each image. Raises ValueError unless there are `wanted` of them."""
+    images = [states] if isinstance(states, Tensor) else list(states)
+    masks = [mask] if mask is None or isinstance(mask, Tensor) else list(mask)
+    if mask is None:
+        masks = [None] * len(images)
+    if not len(images) == len(masks) == wanted:
+        raise ValueError(
+            f"the model reads {wanted} image(s) for a text: got states of {len(images)} and "
+            f"masks of {len(masks)}"
+        )
+    return list(zip(images, masks, strict=True))
+
+
 def run_layers(
     layers: Sequence[nn.Module],
     x: Tensor,
@@ -142,6 +157,7 @@ def run_layers(
     cache: DecoderCache | None = None,
     trimmers: Trimmers | None = None,
     first: int = 0,
+    trim: TextPass | None = None,
 ) -> EncoderOutput:
     """Runs layers on x (B, L, D); indices of the output count from the first of `layers`.
 
@@ -150,11 +166,13 @@ def run_layers(
             layers with cross-attention take turns, and the second of each two attends through the
             key and value projection of the first.
         trimmers: of the whole stack, in which `layers` begin with number `first`.
+        trim: a pass that other layers continue; then mask, contexts and trimmers are its own.
     """
     recorder, turn = Recorder(capture), 0
     recorder.state(0, x)
     owner: Attention | None = None
-    trim = TextPass(x, mask, contexts, trimmers, first, causal)
+    if trim is None:
+        trim = TextPass(x, mask, contexts, trimmers, first, causal)
     for index, layer in enumerate(layers):
         assert isinstance(layer, BertLayer)
         context, context_mask, packing, memory, place = None, None, None, None, None
@@ -227,18 +245,7 @@ class TextStack(nn.Module):
         self.trimmers = None if trimming is None else text_trimmers(config, trimming, context_width)
 
     def _contexts(self, states: Images, mask: ImageMasks) -> list[Context]:
-        """(states, mask) of each image. Raises ValueError unless there are as many as layers take."""
-        images = [states] if isinstance(states, Tensor) else list(states)
-        masks = [mask] if mask is None or isinstance(mask, Tensor) else list(mask)
-        if mask is None:
-            masks = [None] * len(images)
-        wanted = 1 if self.config.pair_heads is None else 2
-        if not len(images) == len(masks) == wanted:
-            raise ValueError(
-                f"the model reads {wanted} image(s) for a text: got states of {len(images)} and "
-                f"masks of {len(masks)}"
-            )
-        return list(zip(images, masks, strict=True))
+        return contexts_of(states, mask, 1 if self.config.pair_heads is None else 2)
 
     def encode(self, ids: Tensor, mask: Tensor | None, capture: Capture) -> EncoderOutput:
         """Text layers only: ids (B, L), mask (B, L) bool."""

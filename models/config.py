@@ -19,6 +19,7 @@ __all__ = [
     "DecoderConfig",
     "Form",
     "HEADS",
+    "ImageFusionConfig",
     "ModelConfig",
     "TextConfig",
     "TrimmingConfig",
@@ -44,6 +45,9 @@ HEADS: dict[Form, tuple[str, ...]] = {
     "grounding": ("bbox_head",),
 }
 PAIRED: tuple[Form, ...] = ("nlvr2_pretrain", "nlvr2")
+# What a fusion of two streams has no form for: captions need a stream that never sees later words,
+# and the domain stage of NLVR2 is X-VLM's.
+ONE_STREAM: tuple[Form, ...] = ("captioning", "nlvr2_pretrain")
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
 GatePosition = Literal["pre", "post"]
 Pooling = Literal["class", "mean", "map"]
@@ -208,6 +212,22 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ImageFusionConfig:
+    """The image stream of a two-stream fusion (METER, 2111.02387): BERT layers beside the fusion
+    layers of the text stack, see `models.two_stream`.
+
+    Width, head size, activation, eps and dropout are those of TextConfig.
+
+    Attributes:
+        heads, cross_heads, ffn: per fusion layer.
+    """
+
+    heads: tuple[int, ...] = (12,) * 6
+    cross_heads: tuple[int, ...] = (12,) * 6
+    ffn: tuple[int, ...] = (3072,) * 6
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ModelConfig:
     """A whole model. `form` says which modules stand beside the vision and the text encoder.
 
@@ -217,6 +237,9 @@ class ModelConfig:
     nlvr2: fusion layers in pairs (`TextConfig.pair_heads`) and `cls_head`, two classes.
     nlvr2_pretrain: pairs, `ta_head` (which image, or none, fits) and the image projection.
     grounding: the box head.
+    image_fusion: None: the fusion layers update the text alone and read the image as it left the
+        vision encoder. Else image states are updated beside it; NLVR2 then fuses the text with each
+        image by itself, and the forms in `ONE_STREAM` do not exist.
     trimming: token and head trimmers (`models.trimmers`); None has none.
     """
 
@@ -225,6 +248,7 @@ class ModelConfig:
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
     decoder: DecoderConfig | None = None
+    image_fusion: ImageFusionConfig | None = None
     embed_dim: int = 256
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
@@ -243,8 +267,12 @@ class ModelConfig:
             raise ValueError(
                 "text.heads needs one entry per layer, text.cross_heads one per fusion layer"
             )
-        if (self.form in PAIRED) != (text.pair_heads is not None):
-            raise ValueError(f"text.pair_heads belongs to forms {PAIRED}, and only to them")
+        paired = self.form in PAIRED and self.image_fusion is None
+        if paired != (text.pair_heads is not None):
+            raise ValueError(
+                f"text.pair_heads belongs to forms {PAIRED} of one-stream models, and only to them"
+            )
+        _check_image_fusion(self)
         _check_pairs(text)
         if (self.form == "vqa") != (decoder is not None):
             raise ValueError('a decoder belongs to form "vqa", and only to it')
@@ -256,6 +284,18 @@ class ModelConfig:
                 "decoder.heads, cross_heads and ffn must have one entry per layer each"
             )
         _check_trimming(self)
+
+    @property
+    def context_width(self) -> int:
+        """Width of the image states that fusion layers read."""
+        return self.vision.width if self.image_fusion is None else self.text.width
+
+    @property
+    def fused_tokens(self) -> int:
+        """First tokens of the fused states that heads read: one, or one of each stream and image."""
+        if self.image_fusion is None:
+            return 1
+        return 4 if self.form in PAIRED else 2
 
     def as_form(
         self, form: str, *, decoder_layers: int | None = None, image_size: int | None = None
@@ -281,7 +321,8 @@ class ModelConfig:
         if form == "vqa":
             keep = self.decoder is not None and decoder_layers is None
             decoder = self.decoder if keep else _decoder(self.text, decoder_layers)
-        text = _paired(self.text) if form in PAIRED else _unpaired(self.text)
+        paired = form in PAIRED and self.image_fusion is None
+        text = _paired(self.text) if paired else _unpaired(self.text)
         vision = replace(self.vision, image_size=image_size or self.vision.image_size)
         return replace(self, form=cast(Form, form), vision=vision, text=text, decoder=decoder)
 
@@ -319,6 +360,28 @@ class ModelConfig:
         except ValueError as error:  # not JSON, or not UTF-8
             raise ValueError(f"{path}: not a readable JSON file: {error}") from error
         return cls.from_dict(values, where=str(path))
+
+
+def _check_image_fusion(config: ModelConfig) -> None:
+    """Raises ValueError when the image stream does not fit the fusion layers or the form."""
+    stream, layers = config.image_fusion, config.text.fusion_layers
+    if stream is None:
+        return
+    if config.form in ONE_STREAM:
+        raise ValueError(
+            f"form {config.form!r} does not exist for two-stream fusion (image_fusion); choose one "
+            f"of {tuple(form for form in get_args(Form) if form not in ONE_STREAM)}"
+        )
+    if not len(stream.heads) == len(stream.cross_heads) == len(stream.ffn) == layers:
+        raise ValueError(
+            "image_fusion.heads, cross_heads and ffn must have one entry per fusion layer each "
+            f"({layers})"
+        )
+    if config.trimming is not None and "fusion" in config.trimming.heads:
+        raise ValueError(
+            'trimming.heads: "fusion" belongs to one-stream fusion; with image_fusion choose '
+            '"vision" and "text"'
+        )
 
 
 def _check_trimming(config: ModelConfig) -> None:

@@ -44,17 +44,22 @@ class ContrastiveTemperature(nn.Module):
 
 
 class MlpHead(nn.Module):
-    """Linear to 2 D, LayerNorm, exact gelu, Linear; reads the class token."""
+    """Linear to 2 D, LayerNorm, exact gelu, Linear; reads the class token.
 
-    def __init__(self, width: int, outputs: int) -> None:
+    Args:
+        tokens: first tokens that are read, one behind the other (those of a two-stream fusion).
+    """
+
+    def __init__(self, width: int, outputs: int, tokens: int = 1) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, 2 * width)
+        self.tokens = tokens
+        self.linear = nn.Linear(tokens * width, 2 * width)
         self.norm = nn.LayerNorm(2 * width, eps=1e-5)
         self.output = nn.Linear(2 * width, outputs)
 
     def forward(self, states: Tensor) -> Tensor:
         """(B, L, D) -> (B, outputs)."""
-        return self.output(F.gelu(self.norm(self.linear(states[:, 0]))))
+        return self.output(F.gelu(self.norm(self.linear(states[:, : self.tokens].flatten(1)))))
 
 
 class TokenHead(nn.Module):

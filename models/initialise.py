@@ -27,7 +27,9 @@ __all__ = [
     "task_form_from_pretrained",
 ]
 
-_LAYER = re.compile(r"(vision\.blocks|text\.layers|decoder\.layers)\.(\d+)\.(.+)")
+_LAYER = re.compile(
+    r"(vision\.blocks|text\.layers|image_fusion\.layers|decoder\.layers)\.(\d+)\.(.+)"
+)
 _POSITION = "vision.embeddings.position"
 _LISTED = 5
 # Forms that a model of a form can become, beside itself at another image size.
@@ -171,12 +173,19 @@ def student_from_teacher(
         ValueError: on maps that do not fit, or widths that differ (naming the key).
     """
     old, new = teacher.config, config
+    if (old.image_fusion is None) != (new.image_fusion is None):
+        raise ValueError(
+            "one of student and teacher has two streams (image_fusion) and the other one; give both "
+            "the same kind of fusion"
+        )
+    fusion = _fusion_sources(new.text, old.text, fusion_map)
     maps = {
         "vision.blocks": _checked_map(vision_map, new.vision.layers, old.vision.layers, "vision"),
         "text.layers": (
             *_checked_map(text_map, new.text.text_layers, old.text.text_layers, "text"),
-            *_fusion_sources(new.text, old.text, fusion_map),
+            *fusion,
         ),
+        "image_fusion.layers": tuple(layer - old.text.text_layers for layer in fusion),
     }
     if new.decoder is not None and old.decoder is not None:
         maps["decoder.layers"] = _checked_map(

@@ -127,6 +127,9 @@ class EncoderOutput:
         mask: (B, N) what may be read of `last`: bool, True is visible, or float keep weights where
             trimmers mask; None: everything. Who attends to `last` passes it on.
         trimming: decisions of the trimmers; None where they are off.
+        streams: of a two-stream fusion: the text stream's output (its states as `last`; `hidden` and
+            the traces are those above) and the image stream's. `last` is then what heads and the
+            answer decoder read, the pooled first tokens of both (`models.two_stream`).
         per_text: rows are texts, each with its own copy of the image (see `XVLM.encode_image`).
     Indices count from the first layer of the pass that ran (a fusion pass starts at 0).
     """
@@ -138,6 +141,12 @@ class EncoderOutput:
     mask: Tensor | None = None
     trimming: TrimRecord | None = None
     per_text: bool = False
+    streams: tuple[EncoderOutput, EncoderOutput] | None = None
+
+    @property
+    def words(self) -> Tensor:
+        """(B, L, D) states of the text's tokens, of a pass of the text stack."""
+        return self.last if self.streams is None else self.streams[0].last
 
     def context(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """States and mask of the image of each text, for `fuse`, `multimodal` and `decode`.

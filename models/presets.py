@@ -8,9 +8,10 @@ override of `vision.backbone` or `text.backbone` replaces that whole section (`m
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from models.config import ModelConfig, TextConfig, VisionConfig
+from models.config import ImageFusionConfig, ModelConfig, TextConfig, VisionConfig
 
 if TYPE_CHECKING:
     from models.xvlm import XVLM
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["config", "create", "names"]
 
 # Image sizes of the published task models; the others stay at the size of pre-training.
-_FULL_SIZE_PIXELS = {
+_XVLM_PIXELS = {
     "vqa": 480,
     "retrieval": 384,
     "nlvr2": 384,
     "captioning": 384,
     "grounding": 384,
 }
+_METER_PIXELS = {"vqa": 576, "retrieval": 384, "nlvr2": 288, "grounding": 384}
 
 
 def _full(name: str, vision: int, text: int, fusion: int, region: int) -> ModelConfig:
@@ -74,6 +76,31 @@ def _small(name: str, width: int, vision: int, text: int, fusion: int, region: i
     )
 
 
+def _two_streams(model: ModelConfig) -> ModelConfig:
+    """With an image stream of the fusion layers' widths."""
+    text, first = model.text, model.text.text_layers
+    stream = ImageFusionConfig(
+        heads=text.heads[first:], cross_heads=text.cross_heads, ffn=text.ffn[first:]
+    )
+    return replace(model, image_fusion=stream)
+
+
+def _meter(name: str) -> ModelConfig:
+    """CLIP ViT-B/16 without its last block, RoBERTa-base, six fusion layers of two streams each
+    (METER, 2111.02387, and its released code)."""
+    model = _full(name, 11, 12, 6, 4)
+    text = replace(
+        model.text,
+        vocab_size=50265,
+        position_offset=2,
+        pad_id=1,
+        type_vocab_size=1,
+        norm_eps=1e-5,
+    )
+    vision = replace(model.vision, image_size=288)
+    return _two_streams(replace(model, vision=vision, text=text))
+
+
 _PRESETS = {
     preset.name: preset
     for preset in (
@@ -83,9 +110,17 @@ _PRESETS = {
         _small("blocksworld-student", 128, 2, 1, 1, 1),
         _small("blocksworld-micro-teacher", 32, 4, 2, 2, 2),
         _small("blocksworld-micro-student", 32, 2, 1, 1, 1),
+        _meter("meter-clip-base"),
+        _two_streams(_small("blocksworld-meter-teacher", 128, 4, 2, 2, 2)),
+        _two_streams(_small("blocksworld-meter-student", 128, 2, 1, 1, 1)),
+        _two_streams(_small("blocksworld-meter-micro", 32, 4, 2, 2, 2)),
     )
 }
-_FULL_SIZE = ("xvlm-clip-base", "efficientvlm")
+_FULL_SIZE = {
+    "xvlm-clip-base": _XVLM_PIXELS,
+    "efficientvlm": _XVLM_PIXELS,
+    "meter-clip-base": _METER_PIXELS,
+}
 
 
 def names() -> tuple[str, ...]:
@@ -116,7 +151,7 @@ def config(name: str, *, form: str = "pretrain", **overrides: Any) -> ModelConfi
         raise ValueError(f"no preset {name!r}{hint} (presets: {', '.join(_PRESETS)})")
     preset, changes = _PRESETS[name], {}
     _merge(changes, overrides)
-    full_size = name in _FULL_SIZE
+    pixels = _FULL_SIZE.get(name, {})
     backbones = {
         section: changes.pop(section)
         for section in ("vision", "text")
@@ -124,10 +159,9 @@ def config(name: str, *, form: str = "pretrain", **overrides: Any) -> ModelConfi
     }
     if backbones:
         preset = _with_backbones(preset, backbones)
-        full_size = full_size and "vision" not in backbones
+        pixels = {} if "vision" in backbones else pixels
     if form != "pretrain":
-        size = _FULL_SIZE_PIXELS.get(form) if full_size else None
-        preset = preset.as_form(form, image_size=size)
+        preset = preset.as_form(form, image_size=pixels.get(form))
     values = preset.to_dict()
     _merge(values, changes)
     return ModelConfig.from_dict(values, where=f"preset {name}")

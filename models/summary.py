@@ -23,9 +23,11 @@ __all__ = [
     "decoder_macs",
     "generation_macs",
     "head_macs",
+    "image_stream_macs",
     "parameters",
     "part_of",
     "prunable",
+    "read_tokens",
     "summarise",
     "text_macs",
     "vision_macs",
@@ -121,9 +123,12 @@ def summarise(
 def part_of(name: str, text_layers: int) -> str:
     """Part of the model that parameter or gate `name` belongs to.
 
-    vision, text (with the embeddings), fusion, decoder, or "heads" (projections, ITM, box, MLM).
+    vision, text (with the embeddings), fusion (with an image stream), decoder, or "heads"
+    (projections, ITM, box, MLM).
     """
     pieces = name.split(".")
+    if pieces[0] == "image_fusion":
+        return "fusion"
     if pieces[0] in ("vision", "decoder", "fusion"):
         return pieces[0]
     if pieces[0] != "text":
@@ -147,7 +152,7 @@ def prunable(model: XVLM) -> dict[str, int]:
     costs, slots = model.parameters_per_unit(), model.gate_slots()
     result: dict[str, int] = {}
     for name, cost in costs.items():
-        part = name.split(".")[0]
+        part = part_of(name, model.config.text.text_layers)
         result[part] = result.get(part, 0) + cost * slots[name].units
     return result | {"total": sum(result.values())}
 
@@ -196,7 +201,7 @@ def vision_macs(config: ModelConfig, image_size: int | None = None) -> int:
 
 
 def text_macs(config: ModelConfig, tokens: int, image_tokens: int) -> tuple[int, int]:
-    """MACs of one text through the text layers, and through the fusion layers with its image(s)."""
+    """MACs of one text through the text layers, and of it and its image(s) through the fusion."""
     text, width = config.text, config.text.width
     text_part, fusion = _embedding(text, tokens), 0
     for layer, (heads, units) in enumerate(zip(text.heads, text.ffn, strict=True)):
@@ -209,9 +214,26 @@ def text_macs(config: ModelConfig, tokens: int, image_tokens: int) -> tuple[int,
     for place, heads in enumerate(text.cross_heads):
         shared = None if text.pair_heads is None else text.pair_heads[place // 2]
         fusion += _attention(
-            tokens, image_tokens, heads, text.head_dim, width, config.vision.width, shared
+            tokens, image_tokens, heads, text.head_dim, width, config.context_width, shared
         )
-    return text_part, fusion
+    if config.image_fusion is None:
+        return text_part, fusion
+    fusion += image_stream_macs(config, tokens, image_tokens)
+    return text_part, fusion * (2 if config.form in PAIRED else 1)
+
+
+def image_stream_macs(config: ModelConfig, tokens: int, image_tokens: int) -> int:
+    """MACs of an image stream beside one text, with the maps in front of both streams and the
+    poolers behind them; 0 without one."""
+    stream, text, width = config.image_fusion, config.text, config.text.width
+    if stream is None:
+        return 0
+    total = (tokens + 2) * width * width + image_tokens * config.vision.width * width
+    for heads, cross, units in zip(stream.heads, stream.cross_heads, stream.ffn, strict=True):
+        total += _attention(image_tokens, image_tokens, heads, text.head_dim, width, width)
+        total += _attention(image_tokens, tokens, cross, text.head_dim, width, width)
+        total += _ffn(image_tokens, width, units)
+    return total
 
 
 def _embedding(text: TextConfig, tokens: int) -> int:
@@ -225,10 +247,14 @@ def _token_head(text: TextConfig, tokens: int) -> int:
 
 
 def decoder_macs(config: ModelConfig, answer_tokens: int, text_tokens: int) -> int:
-    """MACs of one answer given a question's states: all layers and the head; 0 without decoder."""
+    """MACs of one answer given a question's states: all layers and the head; 0 without decoder.
+
+    The states are as many as text tokens, or the pooled ones of two streams.
+    """
     text, decoder = config.text, config.decoder
     if decoder is None:
         return 0
+    text_tokens = read_tokens(config, text_tokens)
     width, size = text.width, text.head_dim
     total = _embedding(text, answer_tokens) + _token_head(text, answer_tokens)
     for heads, cross, units in zip(decoder.heads, decoder.cross_heads, decoder.ffn, strict=True):
@@ -236,6 +262,11 @@ def decoder_macs(config: ModelConfig, answer_tokens: int, text_tokens: int) -> i
         total += _attention(answer_tokens, text_tokens, cross, size, width, width)
         total += _ffn(answer_tokens, width, units)
     return total
+
+
+def read_tokens(config: ModelConfig, text_tokens: int) -> int:
+    """States of a question that the answer decoder reads."""
+    return text_tokens if config.image_fusion is None else config.fused_tokens
 
 
 def generation_macs(
@@ -263,7 +294,7 @@ def generation_macs(
 def head_macs(config: ModelConfig, text_tokens: int, masked_tokens: int = 1) -> int:
     """MACs of every other module of the form, each once (captioning scores every token)."""
     text, width = config.text, config.text.width
-    mlp = 2 * width * width  # its outputs come on top
+    mlp = 2 * width * width * config.fused_tokens  # its outputs come on top
     costs = {
         "image_projection": config.vision.width * config.embed_dim,
         "text_projection": width * config.embed_dim,

@@ -114,7 +114,11 @@ class ImagePass:
 
 
 class TextPass:
-    """One pass of a stack over its tokens and the images it reads, with or without trimmers."""
+    """One pass of a stack over its tokens and the images it reads, with or without trimmers.
+
+    Args:
+        packs: mode "packed" packs the images' tokens; False: it moves them to the front.
+    """
 
     def __init__(
         self,
@@ -124,6 +128,7 @@ class TextPass:
         trimmers: Trimmers | None,
         first: int,
         causal: bool,
+        packs: bool = True,
     ) -> None:
         active = trimmers is not None and trimmers.mode != "off"
         self.trimmers = trimmers if active else None
@@ -132,10 +137,10 @@ class TextPass:
         self.stream = TokenStream(x, mask, 1, packs=False)
         self.first, self.causal = first, causal
         self.states = [states for states, _ in contexts]
-        self.read = [TokenStream(states, seen, 1) for states, seen in contexts]
+        self.read = [TokenStream(states, seen, 1, packs) for states, seen in contexts]
         if self.trimmers is not None:
             self.trimmers.check()
-            if self.trimmers.mode == "packed":
+            if self.trimmers.mode == "packed" and packs:
                 pairs = zip(self.read, self.states, strict=True)
                 self.states = [stream.pack(states) for stream, states in pairs]
 

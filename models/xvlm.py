@@ -30,6 +30,7 @@ from models.layers import BertLayer, FeedForward, ViTBlock
 from models.outputs import Capture, EncoderOutput
 from models.trim_config import TrimMode
 from models.trimmers import Trimmers
+from models.two_stream import ImageFusion, TwoStreams
 from models.vision import RegionOutput, VisionEncoder
 
 __all__ = ["XVLM", "DecoderOutput", "RegionOutput"]
@@ -60,7 +61,8 @@ class XVLM(nn.Module):
         super().__init__()
         self.config = config
         self.vision = VisionEncoder(config.vision, config.trimming, config.text.width)
-        self.text = TextStack(config.text, config.vision.width, config.trimming)
+        self.text = TextStack(config.text, config.context_width, config.trimming)
+        self.image_fusion = None if config.image_fusion is None else ImageFusion(config)
         self.decoder = None
         for name in HEADS[config.form]:
             setattr(self, name, _head(name, config))
@@ -164,8 +166,9 @@ class XVLM(nn.Module):
         B may be a multiple of N: each image then serves B / N consecutive rows, projected once.
         Forms of NLVR2 take two image states (and two masks, or None); layer 2j reads the first.
         Masks are bool, or the float keep weights of a trimmed pass (`EncoderOutput.mask`).
+        With `config.image_fusion` both streams come back in `EncoderOutput.streams`.
         """
-        run = self._compiled.get("fusion", self.text.fuse)
+        run = self._compiled.get("fusion", self._fusion.fuse)
         return run(text_states, text_mask, image_states, image_mask, capture)
 
     def multimodal(
@@ -177,8 +180,13 @@ class XVLM(nn.Module):
         capture: Capture = _NOTHING,
     ) -> EncoderOutput:
         """Text layers then fusion layers, images as for `fuse`; indices count through both."""
-        run = self._compiled.get("multimodal", self.text.multimodal)
+        run = self._compiled.get("multimodal", self._fusion.multimodal)
         return run(ids, mask, image_states, image_mask, capture)
+
+    @property
+    def _fusion(self) -> TextStack | TwoStreams:
+        """Who fuses: the text stack, or both streams."""
+        return self.text if self.image_fusion is None else TwoStreams(self.text, self.image_fusion)
 
     def decode(
         self,
@@ -337,7 +345,7 @@ class XVLM(nn.Module):
         """
         text = self.text
         passes: dict[str, Callable[..., Any]] = {"vision": self.vision, "text": text.encode}
-        passes |= {"fusion": text.fuse, "multimodal": text.multimodal}
+        passes |= {"fusion": self._fusion.fuse, "multimodal": self._fusion.multimodal}
         if self.decoder is not None:
             passes["decoder"] = self.decoder
         self._compiled = compiled(passes, mode, backend, fullgraph)
@@ -388,7 +396,8 @@ class XVLM(nn.Module):
             )
         part = getattr(self, name)
         width = self.config.vision.width if name == "image_projection" else self.config.text.width
-        states = torch.ones(1, 1, width, device=word.device, dtype=word.dtype)
+        tokens = self.config.fused_tokens
+        states = torch.ones(1, tokens, width, device=word.device, dtype=word.dtype)
         if isinstance(part, AnswerDecoder):
             ids = torch.zeros(1, 1, dtype=torch.int64, device=word.device)
             return part(ids, None, states, None).logits
@@ -410,6 +419,9 @@ class XVLM(nn.Module):
                 yield f"text.{index}.ffn", layer.ffn
             else:
                 yield from _gated_cross(f"fusion.{index - first}", layer)
+        for index, layer in enumerate(self.image_fusion.layers if self.image_fusion else ()):
+            assert isinstance(layer, BertLayer)
+            yield from _gated_cross(f"image_fusion.{index}", layer)
         for index, layer in enumerate(self.decoder.layers if self.decoder else ()):
             assert isinstance(layer, BertLayer)
             yield from _gated_cross(f"decoder.{index}", layer)
@@ -417,7 +429,8 @@ class XVLM(nn.Module):
     def gate_slots(self) -> dict[str, GateSlot]:
         """Gate slots by name: vision.0.heads, text.0.ffn, fusion.0.cross_heads, decoder.0.ffn, ...
 
-        A fully pruned sub-layer has a slot of 0 units.
+        Of two streams the image's are image_fusion.0.self_heads, ... A fully pruned sub-layer has a
+        slot of 0 units.
         """
         return {name: part.gate for name, part in self._gated()}
 
@@ -475,7 +488,7 @@ def _gated_cross(prefix: str, layer: BertLayer) -> Iterator[tuple[str, Attention
 
 def _head(name: str, config: ModelConfig) -> nn.Module:
     """A module that stands beside the encoders, by its name in `HEADS`."""
-    text, width = config.text, config.text.width
+    text, width, tokens = config.text, config.text.width, config.fused_tokens
     if name == "decoder":
         assert config.decoder is not None  # the configuration checks it
         return AnswerDecoder(config.decoder, text)
@@ -483,11 +496,11 @@ def _head(name: str, config: ModelConfig) -> nn.Module:
         "image_projection": lambda: FeatureProjection(config.vision.width, config.embed_dim),
         "text_projection": lambda: FeatureProjection(width, config.embed_dim),
         "contrastive": ContrastiveTemperature,
-        "itm_head": lambda: MlpHead(width, 2),
-        "bbox_head": lambda: MlpHead(width, 4),
+        "itm_head": lambda: MlpHead(width, 2, tokens),
+        "bbox_head": lambda: MlpHead(width, 4, tokens),
         "mlm_head": lambda: TokenHead(width, text.vocab_size, text.norm_eps, text.word_width),
         "lm_head": lambda: TokenHead(width, text.vocab_size, text.norm_eps, text.word_width),
-        "cls_head": lambda: MlpHead(width, 2),
+        "cls_head": lambda: MlpHead(width, 2, tokens),
         "ta_head": lambda: nn.Linear(width, 3),
     }
     return makers[name]()

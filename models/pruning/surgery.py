@@ -36,6 +36,10 @@ def _places(config: ModelConfig) -> dict[str, tuple[str, str, int]]:
         places[f"fusion.{layer}.self_heads"] = ("text", "heads", first + layer)
         places[f"fusion.{layer}.cross_heads"] = ("text", "cross_heads", layer)
         places[f"fusion.{layer}.ffn"] = ("text", "ffn", first + layer)
+    for layer in range(len(config.image_fusion.ffn) if config.image_fusion else 0):
+        places[f"image_fusion.{layer}.self_heads"] = ("image_fusion", "heads", layer)
+        places[f"image_fusion.{layer}.cross_heads"] = ("image_fusion", "cross_heads", layer)
+        places[f"image_fusion.{layer}.ffn"] = ("image_fusion", "ffn", layer)
     for layer in range(config.decoder.layers if config.decoder else 0):
         places[f"decoder.{layer}.self_heads"] = ("decoder", "heads", layer)
         places[f"decoder.{layer}.cross_heads"] = ("decoder", "cross_heads", layer)
