@@ -60,6 +60,18 @@ step() { # step NAME COMMAND...
 
 # Most valuable first. Later work adds its steps where they belong in that order.
 step doctor "$python" -m train.doctor
+# Goals: ffn_act_mask >= 85 % of the copy bandwidth both ways, hard_concrete <= 3 launches a step.
+step kernels_build "$python" -m models.kernels.build --report
+step kernels_tests "$python" -m pytest tests/gpu/test_kernels.py -q
+if command -v compute-sanitizer > /dev/null; then
+  for check in memcheck racecheck initcheck synccheck; do
+    step "kernels_$check" compute-sanitizer --tool "$check" --error-exitcode 1 \
+      "$python" -m pytest tests/gpu/test_kernels.py -q -k "layouts or hard_concrete or fold or quick_gelu" --timeout 0
+  done
+else
+  echo "no compute-sanitizer here: the kernels' memory and races stay unchecked" >&2
+fi
+step kernels "$python" benchmarks/kernels.py --json "$results/kernels-$gpu.json"
 step tests "$python" -m pytest -m gpu -q
 step distributed "$python" -m pytest tests/distributed -q
 # Goals at equal precision: >= 2x and <= 1/2 of the peak memory at 224 px, >= 4x and <= 1/3 at 384 px.

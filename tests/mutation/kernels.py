@@ -25,7 +25,8 @@ TESTS = ROOT / "tests" / "unit" / "models" / "kernels"
 
 
 class Mutant(NamedTuple):
-    """A mistake: `old` occurs in csrc/`file` exactly once and becomes `new`."""
+    """A mistake: `old` occurs in csrc/`file` exactly once and becomes `new`. The name begins with
+    the family whose tests must notice."""
 
     name: str
     file: str
@@ -34,89 +35,89 @@ class Mutant(NamedTuple):
 
     @property
     def test(self) -> Path:
-        """The tests that must notice: those of the family the file belongs to."""
-        return TESTS / f"test_{Path(self.file).stem}.py"
+        """The tests that must notice."""
+        return TESTS / f"test_{self.name.partition(':')[0]}.py"
 
 
 FFN, GATES, FOLD = "ffn_act_mask.cuh", "hard_concrete.cuh", "fold.cuh"
 MUTANTS = [
     Mutant(
-        "ffn: no barrier before the block's sums",
+        "ffn_act_mask: no barrier before the block's sums",
         FFN,
         "  __syncthreads();\n  // Warp w adds",
         "  // Warp w adds",
     ),
     Mutant(
-        "ffn: no barrier in the second stage",
+        "ffn_act_mask: no barrier in the second stage",
         FFN,
         "  __syncthreads();\n  if (warp != 0",
         "  if (warp != 0",
     ),
     Mutant(
-        "ffn: last column left out",
+        "ffn_act_mask: last column left out",
         FFN,
         "if (column >= shape.columns) return;",
         "if (column + V >= shape.columns) return;",
     ),
     Mutant(
-        "ffn: one column too many",
+        "ffn_act_mask: one column too many",
         FFN,
         "bool inside = column < shape.columns;",
         "bool inside = column <= shape.columns;",
     ),
     Mutant(
-        "ffn: last row left out of the gradients",
+        "ffn_act_mask: last row left out of the gradients",
         FFN,
         "+ warp; row < shape.rows;",
         "+ warp; row + 1 < shape.rows;",
     ),
     Mutant(
-        "ffn: the bias gradient forgets the mask",
+        "ffn_act_mask: the bias gradient forgets the mask",
         FFN,
         "dbias[i] += down;",
         "dbias[i] += up * f.slope;",
     ),
     Mutant(
-        "ffn: a closed mask hides NaN",
+        "ffn_act_mask: a closed mask hides NaN",
         FFN,
         "out.value[i] = from_float<T>(result);",
         "out.value[i] = from_float<T>(mask[i] == 0.0f ? 0.0f : result);",
     ),
     Mutant(
-        "ffn: sums rounded to the activations' type",
+        "ffn_act_mask: sums rounded to the activations' type",
         FFN,
         "dbias[i] += down;",
         "dbias[i] += to_float(from_float<T>(down));",
     ),
     Mutant(
-        "ffn: erf off in its last coefficient",
+        "ffn_act_mask: erf off in its last coefficient",
         FFN,
         "fmaf(t, 1.061405429f, -1.453152027f)",
         "fmaf(t, 1.0614f, -1.4531f)",
     ),
     Mutant(
-        "ffn: alignment of x not asked for",
+        "ffn_act_mask: alignment of x not asked for",
         "ffn_act_mask.cu",
         "return rows_aligned(x, x_stride, sizeof(T), width) && rows_aligned(y, columns, sizeof(T), width);",
         "return rows_aligned(y, columns, sizeof(T), width);",
     ),
     Mutant(
-        "ffn: strides of x and the gradient swapped",
+        "ffn_act_mask: strides of x and the gradient swapped",
         "ffn_act_mask.cu",
         "FfnShape shape{rows, columns, x_stride, gradient_stride};",
         "FfnShape shape{rows, columns, gradient_stride, x_stride};",
     ),
-    Mutant("gates: no barrier before the block's sum", GATES, "  __syncthreads();\n", ""),
-    Mutant("gates: one gate too many", GATES, "if (i < gates) {", "if (i <= gates) {"),
-    Mutant("gates: nine rounds of Philox", GATES, "round < 10;", "round < 9;"),
+    Mutant("hard_concrete: no barrier before the block's sum", GATES, "  __syncthreads();\n", ""),
+    Mutant("hard_concrete: one gate too many", GATES, "if (i < gates) {", "if (i <= gates) {"),
+    Mutant("hard_concrete: nine rounds of Philox", GATES, "round < 10;", "round < 9;"),
     Mutant(
-        "gates: the state's offset is not read",
+        "hard_concrete: the state's offset is not read",
         GATES,
         "    offset = load<1>(noise.state + 1).value[0];\n",
         "",
     ),
     Mutant(
-        "gates: clipped gates keep a slope",
+        "hard_concrete: clipped gates keep a slope",
         GATES,
         "value <= 0.0f || value >= 1.0f",
         "value < 0.0f || value > 1.0f",
