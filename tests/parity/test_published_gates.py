@@ -16,15 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import AdamW
 
-from models.gates import (
-    OPEN_SHIFT,
-    STRETCH_HIGH,
-    STRETCH_LOW,
-    TEMPERATURE,
-    GateBank,
-    GateSlot,
-    hard_concrete,
-)
+from models.gates import GateBank, GateSlot, hard_concrete
+from models.kernels.reference_gates import OPEN_SHIFT, STRETCH_HIGH, STRETCH_LOW, TEMPERATURE
 from models.pruning.budget import target_sparsity
 from models.pruning.lagrangian import lagrangian
 from train.config import PruneConfig
