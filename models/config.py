@@ -372,10 +372,10 @@ def _check_image_fusion(config: ModelConfig) -> None:
             f"form {config.form!r} does not exist for two-stream fusion (image_fusion); choose one "
             f"of {tuple(form for form in get_args(Form) if form not in ONE_STREAM)}"
         )
-    if not len(stream.heads) == len(stream.cross_heads) == len(stream.ffn) == layers:
+    if not len(stream.heads) == len(stream.cross_heads) == len(stream.ffn) == layers > 0:
         raise ValueError(
-            "image_fusion.heads, cross_heads and ffn must have one entry per fusion layer each "
-            f"({layers})"
+            "image_fusion.heads, cross_heads and ffn must have one entry per fusion layer each, and "
+            f"one layer at least ({layers})"
         )
     if config.trimming is not None and "fusion" in config.trimming.heads:
         raise ValueError(

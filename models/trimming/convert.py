@@ -25,16 +25,24 @@ def default_trimming(config: ModelConfig, **changes: Any) -> TrimmingConfig:
     image features can be cached, and texts share an image's keys and values. Text tokens, a few per
     cent of the cost, are left alone.
 
+    Of two streams both are trimmed in front of every fusion layer, in every form but pre-training:
+    there the image stream is a third of the cost, and no two texts share an image's states.
+
     Args:
         changes: fields of `TrimmingConfig` that are to differ.
     """
     pairs = 1 if config.text.pair_heads is None else 2  # the first layer of each image
     one_text = config.form in _GUIDED
+    text, streams = config.text, config.image_fusion is not None and config.form != "pretrain"
     values: dict[str, Any] = {
         "vision": tuple(range(1, config.vision.layers)),
         "fusion": tuple(range(min(pairs, config.text.fusion_layers))) if one_text else (),
+        "text": (),
         "guided": one_text and config.vision.layers > 1,
     }
+    if streams:
+        values["fusion"] = tuple(range(text.fusion_layers))
+        values["text"] = tuple(range(text.text_layers, text.layers))
     return TrimmingConfig(**(values | changes))
 
 

@@ -32,6 +32,7 @@ class Costs:
         parts: part -> float32 (rows of the part's pass): images (or texts, where images were
             encoded for each text) of vision, texts of the others. With gradient in training.
         images: images of an example, 2 in forms of NLVR2.
+        by_image: the parts whose rows are images, all first ones in front.
         dense: part -> mean MACs of the same examples in the model without trimmers. Padding counts
             in neither.
     """
@@ -39,11 +40,12 @@ class Costs:
     parts: Mapping[str, Tensor]
     images: int
     dense: Mapping[str, Tensor | float]
+    by_image: tuple[str, ...] = ("vision",)
 
     def total(self) -> Tensor:
         """Mean MACs of an example, a scalar with gradient in training."""
         means = [
-            rows.mean() * (self.images if part == "vision" else 1)
+            rows.mean() * (self.images if part in self.by_image else 1)
             for part, rows in self.parts.items()
         ]
         return torch.stack(means).sum()
@@ -65,7 +67,7 @@ class Costs:
         """
         total: Tensor | None = None
         for part, rows in self.parts.items():
-            if part == "vision" and self.images == 2:
+            if part in self.by_image and self.images == 2:
                 rows = rows.unflatten(0, (2, -1)).sum(0)
             if total is not None and len(rows) != len(total):
                 raise ValueError(
@@ -117,7 +119,9 @@ def expected_macs(
     ordered = {
         part: parts[part] for part in ("vision", "text", "fusion", "decoder") if part in parts
     }
-    return Costs(ordered, _images(config), {part: dense[part] for part in ordered})
+    # Two streams meet each image by itself.
+    by_image = ("vision",) if config.image_fusion is None else ("vision", "fusion")
+    return Costs(ordered, _images(config), {part: dense[part] for part in ordered}, by_image)
 
 
 def dense_macs(config: ModelConfig, text_tokens: int, answer_tokens: int = 0) -> dict[str, int]:
@@ -229,7 +233,7 @@ def _stack(config: ModelConfig, record: TrimRecord) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     for layer, tokens in record.tokens.items():
         fusion = layer >= text.text_layers
-        other = config.vision.width if fusion else None
+        other = config.context_width if fusion else None
         heads = _heads(layer, text.heads[layer], record.heads)
         width, size = text.width, text.head_dim
         cost = _attention(tokens, tokens, heads, size, width, width)
@@ -241,6 +245,7 @@ def _stack(config: ModelConfig, record: TrimRecord) -> dict[str, Tensor]:
             cost = cost + _head_trimmer(trimming, width, text.heads[layer])
         if fusion:
             cost = cost + _cross(config, record, layer, tokens)
+            cost = cost + _image_stream(config, record, layer, tokens)
         if layer == 0:
             cost = cost + _embedding(text, tokens if 0 not in record.sites else before)
         part = "fusion" if fusion else "text"
@@ -259,7 +264,7 @@ def _cross(config: ModelConfig, record: TrimRecord, layer: int, tokens: Tensor) 
     An image that several texts read is projected for each of them once tokens are trimmed for each,
     and else counted for each as well.
     """
-    text, vision, trimming = config.text, config.vision, _trimming(config)
+    text, trimming, other = config.text, _trimming(config), config.context_width
     place = layer - text.text_layers
     width, size, count = text.width, text.head_dim, text.cross_heads[place]
     shared = None if text.pair_heads is None else text.pair_heads[place // 2]
@@ -267,12 +272,30 @@ def _cross(config: ModelConfig, record: TrimRecord, layer: int, tokens: Tensor) 
     read = _paired(record.context_tokens[layer], tokens)
     cost: Count = 0
     if count:
-        cost = _attention(tokens, read, heads, size, width, vision.width, shared)
+        cost = _attention(tokens, read, heads, size, width, other, shared)
     if layer in record.context_sites:
         before = _paired(record.context_sites[layer].before, tokens)
-        cost = cost + _token_trimmer(trimming, before, vision.width, width)
+        cost = cost + _token_trimmer(trimming, before, other, width)
     if layer in record.cross_heads:
-        cost = cost + _head_trimmer(trimming, width + vision.width, count)
+        cost = cost + _head_trimmer(trimming, width + other, count)
+    return cost
+
+
+def _image_stream(config: ModelConfig, record: TrimRecord, layer: int, tokens: Tensor) -> Count:
+    """The image's layer beside a fusion layer of two streams; with the first of them, what stands
+    in front of and behind both streams."""
+    stream, text, width = config.image_fusion, config.text, config.text.width
+    if stream is None:
+        return 0
+    place, size = layer - text.text_layers, text.head_dim
+    read = record.context_tokens[layer]
+    cost = _attention(read, read, stream.heads[place], size, width, width)
+    cost = cost + _attention(read, tokens, stream.cross_heads[place], size, width, width)
+    cost = cost + 2 * read * width * stream.ffn[place]
+    if place == 0:
+        words, image = record.sites.get(layer), record.context_sites.get(layer)
+        words, image = words.before if words else tokens, image.before if image else read
+        cost = cost + (words + 2) * width * width + image * config.vision.width * width
     return cost
 
 

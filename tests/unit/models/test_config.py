@@ -10,7 +10,6 @@ import pytest
 from models import presets
 from models.config import ONE_STREAM, Form, ModelConfig
 
-
 FORMS = [
     (name, form)
     for form in get_args(Form)
