@@ -133,6 +133,7 @@ def build_student(config: RunConfig, vocab_size: int, teacher: XVLM | None) -> F
     first = _dense_student(config, vocab_size, teacher)
     if config.trim is None or first.model.config.trimming is not None:
         return first
+    torch.manual_seed(config.seed)  # the same trimmers on every rank and in every run
     model = with_trimming(first.model, trimming)
     names = {name for name, _ in model.named_parameters() if ".trimmers." in name}
     return replace(first, model=model, fresh=first.fresh | names)

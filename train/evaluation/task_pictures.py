@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from models.trimming import see
 from train.evaluation.pretrain import box_iou
 from train.monitor.pictures import draw_boxes, framed
 
@@ -76,9 +77,11 @@ def _rows(batch: Any, count: int) -> list[int]:
 
 
 def _truths(model: XVLM, batch: Nlvr2Batch, count: int) -> Made:
-    states = model.encode_image(batch.images).last
-    both = (states[batch.image_index], states[batch.second_index])
-    logits = model.truth_logits(model.multimodal(batch.text_ids, batch.text_mask, both).last)
+    indices = (batch.image_index, batch.second_index)
+    _, contexts = see(model, batch.images, indices, batch.text_ids, batch.text_mask)
+    states, seen = zip(*contexts, strict=True)
+    fused = model.multimodal(batch.text_ids, batch.text_mask, states, seen)
+    logits = model.truth_logits(fused.last)
     likely = logits.float().softmax(-1)[:, 1].tolist()
     pictures, texts = [], []
     for row in _rows(batch, count):
@@ -92,9 +95,9 @@ def _truths(model: XVLM, batch: Nlvr2Batch, count: int) -> Made:
 
 
 def _boxes(model: XVLM, batch: GroundingBatch, count: int) -> Made:
-    states = model.encode_image(batch.images).last[batch.image_index]
-    fused = model.multimodal(batch.text_ids, batch.text_mask, states).last
-    boxes = model.predict_box(fused)
+    ids, mask = batch.text_ids, batch.text_mask
+    _, (context,) = see(model, batch.images, (batch.image_index,), ids, mask)
+    boxes = model.predict_box(model.multimodal(ids, mask, *context).last)
     overlap = box_iou(boxes, batch.boxes).tolist()
     pictures, texts = [], []
     for row in _rows(batch, count):
@@ -116,7 +119,8 @@ def _captions(writer: CaptionWriter, model: XVLM, batch: CaptionBatch, count: in
 def _found(model: XVLM, batch: RetrievalBatch, count: int) -> Made:
     """The nearest pictures of the batch by cosine, in the order of the matching head."""
     kept = batch.image_valid.nonzero()[:, 0]
-    states = model.encode_image(batch.images).last[kept]
+    image = model.encode_image(batch.images)
+    states, seen = image.context(kept)
     words = model.encode_text(batch.text_ids, batch.text_mask).last
     rows = _rows(batch, count)
     if not rows:
@@ -125,7 +129,9 @@ def _found(model: XVLM, batch: RetrievalBatch, count: int) -> Made:
     places = near.topk(min(SHOWN, len(kept)), dim=1).indices  # (rows, k)
     shown = places.shape[1]
     again = torch.tensor(rows, device=kept.device).repeat_interleave(shown)
-    fused = model.fuse(words[again], batch.text_mask[again], states[places.flatten()]).last
+    shown_masks = None if seen is None else seen[places.flatten()]
+    pairs = states[places.flatten()], shown_masks
+    fused = model.fuse(words[again], batch.text_mask[again], *pairs).last
     scores = model.match_logits(fused)[:, 1].view(-1, shown)
     order = places.gather(1, scores.argsort(dim=1, descending=True))
     pictures, texts = [], []
