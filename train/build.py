@@ -29,7 +29,7 @@ from train.evaluation.vqa import AnswerList
 from train.monitor import Monitor
 from train.monitor.flops import StepCost, step_cost
 from train.pruning.make import make_budget
-from train.runtime.distributed import Distributed
+from train.runtime.distributed import Distributed, all_reduce_flag
 from train.runtime.engine import (
     build_engine,
     engine_settings,
@@ -231,6 +231,15 @@ def _gates(
     return GateOptimizer(bank, config.prune, dist.device, dist.world_size, budget)
 
 
+def _choose_kernels(config: RunConfig, dist: Distributed) -> None:
+    """Sets engine.kernels. Collective: where a rank has no kernels, none takes them, because gates
+    are drawn alike on all ranks only if all draw them the same way."""
+    kernels.configure(config.engine.kernels)
+    missing = kernels.missing(dist.device.type)
+    if all_reduce_flag(missing is not None) and missing is None:
+        kernels.refuse("another rank has no kernels")
+
+
 def build(config: RunConfig, dist: Distributed) -> Run:
     """Wire a run. Collective: every rank calls it with the same configuration.
 
@@ -239,7 +248,7 @@ def build(config: RunConfig, dist: Distributed) -> Run:
         Stopped: a signal came.
     """
     directory = Path(config.out)
-    kernels.configure(config.engine.kernels)
+    _choose_kernels(config, dist)
     tokenizer = load_tokenizer(tokenizer_folder(config))
     teacher = Teacher.load(config.teacher, dist.device) if config.teacher.path else None
     if config.stage == "distill" and teacher is None:

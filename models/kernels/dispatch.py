@@ -22,7 +22,7 @@ import torch
 
 from models.kernels import library
 
-__all__ = ["BACKENDS", "call", "configure", "parse", "pick", "setting"]
+__all__ = ["BACKENDS", "call", "configure", "missing", "parse", "pick", "refuse", "setting"]
 
 BACKENDS = ("auto", "reference", "compiled", "cuda")
 ENVIRONMENT = "ESPALIER_KERNELS"
@@ -38,6 +38,7 @@ OPS = (
 
 _log = logging.getLogger(__name__)
 _configured: dict[str, str] | None = None
+_refused: str | None = None
 _told: set[tuple[str, str, str]] = set()
 
 
@@ -64,10 +65,30 @@ def parse(text: str) -> dict[str, str]:
 
 def configure(text: str) -> None:
     """Sets what the run file asks for; ESPALIER_KERNELS still comes first."""
-    global _configured
-    _configured = parse(text)
+    global _configured, _refused
+    _configured, _refused = parse(text), None
     _resolve.cache_clear()
     _told.clear()
+
+
+def refuse(reason: str) -> None:
+    """From here on, until `configure`, this process does as if it had no kernels.
+
+    Ranks of one run must take the same path: the kernels draw other gates from the same key.
+    """
+    global _refused
+    _refused = reason
+    _resolve.cache_clear()
+
+
+def missing(device: str) -> str | None:
+    """Why no op can run its kernel on a kind of device, or None. May build them; never raises for
+    what the machine lacks."""
+    if all(setting(op) in ("reference", "compiled") for op in OPS):
+        return "no kernel is asked for"
+    if device != "cuda":
+        return f"the tensors are on {device}"
+    return _refused or library.unavailable()
 
 
 def setting(op: str) -> str:
@@ -88,7 +109,7 @@ def _resolve(op: str, asked: str, device: str, unsupported: str | None) -> tuple
     if reason is None and device != "cuda":
         reason = f"the tensors are on {device}"
     if reason is None:
-        reason = library.unavailable()
+        reason = _refused or library.unavailable()
     if reason is None:
         return "cuda", "asked for" if asked == "cuda" else "kernels are available"
     if asked == "cuda":

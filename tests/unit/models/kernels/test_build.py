@@ -51,6 +51,7 @@ def built() -> tuple[Path, list[build.Kernel]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # whoever comes first compiles
 def test_compiles_without_spills(built: tuple[Path, list[build.Kernel]]) -> None:
     _, kernels = built
     assert {kernel.architecture for kernel in kernels} == {"80", "90"}
@@ -61,6 +62,7 @@ def test_compiles_without_spills(built: tuple[Path, list[build.Kernel]]) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # whoever comes first compiles
 def test_loads_without_a_driver_and_knows_its_sources(
     built: tuple[Path, list[build.Kernel]],
 ) -> None:

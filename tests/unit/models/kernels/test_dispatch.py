@@ -12,7 +12,15 @@ from torch.library import _scoped_library as scoped_library
 
 from models.gated_linear import Entries, GatedLinear
 from models.gates import GateBank, GateSlot
-from models.kernels import dispatch, ffn_act_mask, fold, hard_concrete, library
+from models.kernels import (
+    dispatch,
+    ffn_act_mask,
+    fold,
+    hard_concrete,
+    head_mask,
+    library,
+    pack_tokens,
+)
 from tests.emulation import emulation
 
 
@@ -70,6 +78,21 @@ def test_explicit_cuda_that_cannot_be_is_an_error(
     assert dispatch.pick("hard_concrete", "cpu") == "reference"
 
 
+def test_a_rank_goes_without_when_another_has_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, None)
+    assert dispatch.missing("cuda") is None and dispatch.pick("hard_concrete", "cuda") == "cuda"
+    dispatch.refuse("another rank has no kernels")
+    assert dispatch.pick("hard_concrete", "cuda") == "reference"
+    assert dispatch.missing("cuda") == "another rank has no kernels"
+    dispatch.configure("cuda")
+    assert dispatch.missing("cuda") is None
+    dispatch.refuse("another rank has no kernels")
+    with pytest.raises(RuntimeError, match="another rank"):
+        dispatch.pick("hard_concrete", "cuda")
+    dispatch.configure("reference")
+    assert dispatch.missing("cuda") == "no kernel is asked for"
+
+
 def test_environment_comes_before_the_run_file(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, None)
     dispatch.configure("cuda")
@@ -124,6 +147,10 @@ def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "compact_backward": fold.launch_backward,
             "hard_concrete": hard_concrete.launch,
             "hard_concrete_backward": hard_concrete.launch_backward,
+            "head_mask": head_mask.launch,
+            "head_mask_backward": head_mask.launch_backward,
+            "pack_tokens": pack_tokens.launch,
+            "unpack_tokens": pack_tokens.launch_unpack,
         }.items():
             implementations.impl(name, function, "CPU", allow_override=True)
         with emulation():
@@ -178,7 +205,8 @@ def test_a_bank_draws_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         (gradient,) = torch.autograd.grad(first.sum(), bank.log_alpha)
     assert torch.equal(first, again) and not torch.equal(first, second)
     share = float((first == 0).double().mean())
-    assert share == pytest.approx(1 - float(bank.probabilities_open().mean()), abs=0.04)
+    closed = 1 - float(bank.probabilities_open().detach().mean())
+    assert share == pytest.approx(closed, abs=0.04)
     assert bool((gradient > 0).any()) and not gradient[(first == 0) | (first == 1)].any()
 
 
