@@ -302,7 +302,7 @@ class PruneConfig:
         round_to: FFN units that are kept come in multiples of it.
         ramp_steps: steps over which the target grows from 0.
         freeze_step: from here the structure is fixed (deterministic gates); None never.
-        modalities: which encoders carry gates.
+        modalities: which encoders carry gates; image_fusion is the image's of two streams.
         gates: how a step applies them, all three exactly alike. "mask" multiplies activations,
             "fold" weights; "compact" folds and leaves units at 0 out of the products.
     """
@@ -316,10 +316,11 @@ class PruneConfig:
     lr: float = 0.01
     head_init: float = 10.0
     ffn_init_drop: float = 0.5
-    modalities: tuple[Literal["vision", "text", "fusion", "decoder"], ...] = (
+    modalities: tuple[Literal["vision", "text", "fusion", "image_fusion", "decoder"], ...] = (
         "vision",
         "text",
         "fusion",
+        "image_fusion",
         "decoder",
     )
     gates: Literal["mask", "fold", "compact"] = "compact"

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from models.config import ModelConfig
-from models.summary import decoder_macs, parameters, part_of, text_macs, vision_macs
+from models.summary import (
+    decoder_macs,
+    parameters,
+    part_of,
+    read_tokens,
+    text_macs,
+    vision_macs,
+)
 
 __all__ = ["count_macs", "parameters", "part_of"]
 
@@ -38,4 +45,4 @@ def count_macs(
 def _question_keys(config: ModelConfig, text_tokens: int) -> int:
     """Keys and values of a question in all decoder layers; its candidates share them."""
     inner = sum(config.decoder.cross_heads if config.decoder else ()) * config.text.head_dim
-    return 2 * text_tokens * config.text.width * inner
+    return 2 * read_tokens(config, text_tokens) * config.text.width * inner

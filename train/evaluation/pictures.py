@@ -115,7 +115,7 @@ def _words(
     monitor: Monitor, step: int, model: XVLM, batch: PretrainBatch, tokenizer: Any, count: int
 ) -> None:
     images = model.encode_image(batch.images).last[batch.image_index]
-    states = model.multimodal(batch.mlm_ids, batch.text_mask, images, None).last
+    states = model.multimodal(batch.mlm_ids, batch.text_mask, images, None).words
     said = model.mlm_logits(states, batch.mlm_positions).argmax(-1)
     rows, captions = _rows(batch, count), []
     for row in rows:

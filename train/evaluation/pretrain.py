@@ -92,7 +92,7 @@ class PairMetrics:
         counted = torch.stack([valid, valid & (other != rows)])
 
         masked = model.multimodal(batch.mlm_ids, batch.text_mask, images, None)
-        words = model.mlm_logits(masked.last, batch.mlm_positions).argmax(-1)
+        words = model.mlm_logits(masked.words, batch.mlm_positions).argmax(-1)
         slots = (batch.mlm_labels != -100) & valid[:, None]
         hits = (right & counted).sum(1)
         return {

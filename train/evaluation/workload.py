@@ -132,7 +132,9 @@ def _paired(model: XVLM, inputs: _Inputs) -> dict[str, Callable[[], Tensor]]:
         return fused if result is None else result(fused)
 
     def decoder(states: Tensor) -> Tensor:
-        return rank_states(model, states, mask, inputs.answers, work.top_k)
+        # Two streams hand over pooled tokens, all of which are there.
+        seen = mask if model.image_fusion is None else mask.new_ones(states.shape[:2])
+        return rank_states(model, states, seen, inputs.answers, work.top_k)
 
     with torch.inference_mode():
         words, pictures = text(), vision()

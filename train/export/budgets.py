@@ -10,7 +10,13 @@ from train.export import charts
 
 __all__ = ["budget_section", "modality_chart"]
 
-_LOOKS = {"vision": "#2e7d57", "text": "#c7812c", "fusion": "#3b6ea5", "decoder": "#8a4f9e"}
+_LOOKS = {
+    "vision": "#2e7d57",
+    "text": "#c7812c",
+    "fusion": "#3b6ea5",
+    "image_fusion": "#9e4f4f",
+    "decoder": "#8a4f9e",
+}
 
 
 def modality_chart(series_of: Any, name: str) -> str:

@@ -112,6 +112,11 @@ def _shape(model: XVLM) -> list[str]:
         f"| fusion | {text.fusion_layers} | {_widths(text.heads[text.text_layers :])} | "
         f"{_widths(text.cross_heads)} | {_widths(text.ffn[text.text_layers :])} |",
     ]
+    if (stream := config.image_fusion) is not None:
+        rows.append(
+            f"| image fusion | {len(stream.ffn)} | {_widths(stream.heads)} | "
+            f"{_widths(stream.cross_heads)} | {_widths(stream.ffn)} |"
+        )
     if (decoder := config.decoder) is not None:
         rows.append(
             f"| decoder | {decoder.layers} | {_widths(decoder.heads)} | "

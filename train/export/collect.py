@@ -119,6 +119,12 @@ def kept_widths(pruned: ModelConfig, dense: ModelConfig) -> Kept:
             ("FFN", p.text.ffn[split:], d.text.ffn[split:]),
         ],
     }
+    if p.image_fusion is not None and d.image_fusion is not None:
+        parts["image fusion"] = [
+            ("self heads", p.image_fusion.heads, d.image_fusion.heads),
+            ("cross heads", p.image_fusion.cross_heads, d.image_fusion.cross_heads),
+            ("FFN", p.image_fusion.ffn, d.image_fusion.ffn),
+        ]
     if p.decoder is not None and d.decoder is not None:
         parts["decoder"] = [
             ("self heads", p.decoder.heads, d.decoder.heads),

@@ -108,8 +108,17 @@ def limits(config: ModelConfig) -> dict[str, tuple[int, int | None]]:
 
 
 def graphs_of(model: XVLM) -> list[Graph]:
-    """The graphs of a model's form, in the order in which they are run."""
+    """The graphs of a model's form, in the order in which they are run.
+
+    Raises:
+        ValueError: on a two-stream model with an answer decoder.
+    """
     config, form = model.config, model.config.form
+    if config.image_fusion is not None and config.decoder is not None:
+        raise ValueError(
+            f"{config.name}: the answer decoder of two streams (image_fusion) reads pooled tokens, "
+            "for which there is no graph; export another form, or the folder as it is (safetensors)"
+        )
     found = [_image_encoder(model)]
     if form == "captioning":
         return [*found, *_caption_decoder(model)]

@@ -134,7 +134,7 @@ def _forward(config: RunConfig, model: ModelConfig, region: bool, boxes: bool) -
 
 def _mlp_head(model: ModelConfig, outputs: int) -> int:
     width = model.text.width
-    return 2 * width * width + 2 * width * outputs
+    return 2 * width * width * model.fused_tokens + 2 * width * outputs
 
 
 def _region_vision(config: RunConfig, model: ModelConfig) -> int:

@@ -62,6 +62,10 @@ def stack_pairs(kd: KdConfig, student: ModelConfig, teacher: ModelConfig) -> Sta
             that differ where attention maps are compared, and kd.attention=scores with a decoder.
     """
     _check_tokens(student, teacher)
+    if (student.image_fusion is None) != (teacher.image_fusion is None):
+        raise ValueError(
+            "distillation needs two models of one kind of fusion: one has two streams (image_fusion)"
+        )
     ours, theirs = student.text, teacher.text
     if (ours.pair_heads is None) != (theirs.pair_heads is None):
         raise ValueError("distillation needs two models that read the same number of images")
@@ -117,6 +121,12 @@ def _check_heads(
     cross = (student.text.cross_heads, teacher.text.cross_heads)
     if kd.cross_attention:
         found.append(("text.cross_heads", *cross, pairs.fusion))
+    if student.image_fusion is not None and teacher.image_fusion is not None:
+        mine, other = student.image_fusion, teacher.image_fusion
+        found.append(("image_fusion.heads", mine.heads, other.heads, pairs.fusion))
+        if kd.cross_attention:
+            widths = mine.cross_heads, other.cross_heads
+            found.append(("image_fusion.cross_heads", *widths, pairs.fusion))
     if pairs.decoder is not None:
         assert student.decoder is not None and teacher.decoder is not None
         mine, other = student.decoder, teacher.decoder
@@ -214,6 +224,8 @@ def rows(output: EncoderOutput, start: int, stop: int) -> EncoderOutput:
         hidden={i: state[start:stop] for i, state in output.hidden.items()},
         attention={i: cut(trace) for i, trace in output.attention.items()},
         cross_attention={i: cut(trace) for i, trace in output.cross_attention.items()},
+        streams=output.streams
+        and (rows(output.streams[0], start, stop), rows(output.streams[1], start, stop)),
     )
 
 
@@ -229,12 +241,19 @@ def pass_terms(
     """Raw terms of one pass: "hidden", "attention" (self-attention), "cross_attention" with `cross`.
 
     The two of attention only where kd.attention and kd.cross_attention ask for them. All are means
-    over the pass's rows.
+    over the pass's rows. Of two streams the fusion's terms are those of the text stream's layers
+    plus those of the image's; layers that only the text has (below the fusion) count once.
 
     Args:
         drop_last: image states, whose last one lies before the final norm (published).
         project: the stream's entry of `hidden_projections`, if it has one.
     """
+    if cross and student.streams is not None and teacher.streams is not None:
+        (ours, picture), (theirs, target) = student.streams, teacher.streams
+        words = pass_terms(kd, ours, theirs, pairs, cross=True, project=project)
+        beside = _image_pairs(picture, pairs)
+        image = pass_terms(kd, picture, target, beside, cross=True, project=project)
+        return {kind: value + image[kind] for kind, value in words.items()}
     terms = {"hidden": hidden_mse(student.hidden, teacher.hidden, pairs, drop_last, project)}
     if kd.attention == "none":
         return terms
@@ -247,3 +266,12 @@ def pass_terms(
             student.cross_attention, teacher.cross_attention, upper, kind
         )
     return terms
+
+
+def _image_pairs(student: EncoderOutput, pairs: LayerPairs) -> LayerPairs:
+    """Those of `pairs` that the image stream has states and traces of."""
+    return replace(
+        pairs,
+        hidden=tuple(pair for pair in pairs.hidden if pair[0] in student.hidden),
+        attention=tuple(pair for pair in pairs.attention if pair[0] in student.attention),
+    )

@@ -147,7 +147,7 @@ class PretrainTask(Distils):
             done.image_mask,
             self._capture(side, "multimodal"),
         )
-        done.mlm_logits = model.mlm_logits(done.mlm.last, batch.mlm_positions)
+        done.mlm_logits = model.mlm_logits(done.mlm.words, batch.mlm_positions)
 
     # -- losses
     # ------------------------------------------------------------------------------------------
