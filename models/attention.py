@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.gated_linear import ALL, Entries, GatedLinear
 from models.gates import GateSlot
+from models.kernels.head_mask import head_mask
 from models.outputs import AttentionTrace
 from models.packing import Packing, packed_attention, weighted_attention
 
@@ -261,7 +262,7 @@ class Attention(nn.Module):
         if factors is not None:
             if kept is not None:
                 factors = factors.index_select(1, kept)
-            mixed = mixed * _head_factors(factors, queries).to(mixed.dtype)
+            mixed = _times_heads(mixed, factors, queries)
         return self.out(mixed.transpose(1, 2).flatten(2), columns=gates), record
 
     def _choose(
@@ -314,11 +315,13 @@ def _packed(
     return _unfold(mixed, q.shape[0])
 
 
-def _head_factors(kept: Tensor, queries: Packing | None) -> Tensor:
-    """(B, H) -> (B, H, 1, 1), or for packed queries (1, H, T, 1)."""
+def _times_heads(mixed: Tensor, factors: Tensor, queries: Packing | None) -> Tensor:
+    """Outputs of heads, (B, H, N, d), times the factors of each row's, (B, H), or of all, (1, H)."""
     if queries is None:
-        return kept[:, :, None, None]
-    return kept.index_select(0, queries.rows).transpose(0, 1)[None, :, :, None]
+        return head_mask(mixed, factors if len(factors) == len(mixed) else factors[0])
+    # Packed (1, H, T, d): every token has factors of its own, which leaves a kernel nothing to save.
+    factors = factors.index_select(0, queries.rows).t()
+    return mixed * factors[None, :, :, None].to(mixed.dtype)
 
 
 def _fold(q: Tensor, contexts: int) -> Tensor:

@@ -8,11 +8,14 @@ Shape legend: B rows, n tokens of the longest of them, T tokens in all, H heads,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models.kernels.pack_tokens import unpack_tokens
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -32,46 +35,46 @@ class Packing:
         rows: (T,) int64, the row of each token, rising.
         slots: (T,) int64, its place in a padded grid (B, n) read row by row.
         starts: (B + 1,) int32, first token of each row, and T.
-        batch, longest: B and n.
+        valid: (B, n) bool, slots of the grid that hold a token.
     """
 
     rows: Tensor
     slots: Tensor
     starts: Tensor
-    batch: int
-    longest: int
+    valid: Tensor
 
     @classmethod
-    def of(cls, kept: Tensor) -> tuple[Packing, Tensor]:
-        """The packing of the True entries of a grid (B, n), and their places in it, (T,).
+    def of(cls, lengths: Tensor) -> Packing:
+        """The packing of rows that are `lengths` (B,) int64 tokens long.
 
         Waits for the device: T and n are needed.
         """
-        lengths = kept.sum(1)
-        total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
-        index = torch.nonzero_static(kept.flatten(), size=int(total)).squeeze(1)
+        total, longest = map(int, torch.stack([lengths.sum(), lengths.max()]).tolist())
         starts = F.pad(lengths.cumsum(0), (1, 0))
-        rows = index // kept.shape[1]
-        slots = torch.arange(int(total), device=kept.device) - starts[rows] + rows * int(longest)
-        return cls(rows, slots, starts.int(), kept.shape[0], int(longest)), index
+        rows = torch.arange(len(lengths), device=lengths.device)
+        rows = rows.repeat_interleave(lengths, output_size=total)
+        slots = torch.arange(total, device=lengths.device) - starts[rows] + rows * longest
+        valid = torch.arange(longest, device=lengths.device) < lengths[:, None]
+        return cls(rows, slots, starts.int(), valid)
 
     @property
-    def valid(self) -> Tensor:
-        """(B, n) bool: slots of the grid that hold a token."""
-        lengths = self.starts.diff()
-        return torch.arange(self.longest, device=lengths.device) < lengths[:, None]
+    def batch(self) -> int:
+        """B."""
+        return self.valid.shape[0]
+
+    @property
+    def longest(self) -> int:
+        """n."""
+        return self.valid.shape[1]
 
     def grid(self, packed: Tensor) -> Tensor:
         """(T, ...) -> (B, n, ...), zeros where there is no token."""
-        shape = (self.batch * self.longest, *packed.shape[1:])
-        return (
-            packed.new_zeros(shape)
-            .index_copy(0, self.slots, packed)
-            .unflatten(0, (self.batch, self.longest))
-        )
+        tokens, *rest = packed.shape
+        grid = unpack_tokens(packed.reshape(tokens, math.prod(rest)), self.valid)
+        return grid.view(self.batch, self.longest, *rest)
 
     def flat(self, grid: Tensor) -> Tensor:
-        """(B, n, ...) -> (T, ...)."""
+        """(B, n, ...) -> (T, ...). The slots are known, so this is one gather on any device."""
         return grid.flatten(0, 1).index_select(0, self.slots)
 
     def first(self, packed: Tensor) -> Tensor:

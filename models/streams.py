@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.kernels.pack_tokens import pack_tokens
 from models.outputs import TrimSite
 from models.packing import Packing
 from models.trimmers import Trimmers, decide
@@ -187,19 +188,12 @@ class TokenStream:
 
     def _pack(self, x: Tensor, kept: Tensor) -> Tensor:
         """Only the kept tokens (B, n) of each row are left, one behind the other."""
-        before = self.packing
-        self.packing, index = Packing.of(kept)
-        if before is None:
-            places = index % kept.shape[1] if self.places is None else self.places.flatten()[index]
-            source = x.flatten(0, 1)
-        else:  # slots of the old grid -> tokens of the old row
-            token = torch.zeros(kept.numel(), dtype=torch.int64, device=x.device)
-            token[before.slots] = torch.arange(len(before.slots), device=x.device)
-            index, source = token[index], x[0]
-            places = index if self.places is None else self.places[index]
-        self.places = places
+        before, self.packing = self.packing, Packing.of(kept.sum(1))
+        chosen = kept if before is None else before.flat(kept)[None]
+        packed, _, index = pack_tokens(x, chosen, len(self.packing.rows))
+        self.places = index % kept.shape[1] if self.places is None else self.places.flatten()[index]
         self._forget(None)
-        return source.index_select(0, index)[None]
+        return packed[None]
 
     def unpack(self, x: Tensor) -> Tensor:
         """Back to (B, n, D), with a mask where rows differ in length."""

@@ -1,7 +1,7 @@
 """Kept tokens of all rows moved together, and back; see reference_attention.pack_tokens.
 
-The host never learns how many tokens are kept: outputs have room for all, so nothing waits for the
-device. Each op is the other's gradient, any number of times.
+Nothing waits for the device: outputs have room for all tokens, or for as many as the caller knows to
+be kept. Each op is the other's gradient, any number of times.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ __all__ = ["launch", "launch_unpack", "pack_tokens", "unpack_tokens"]
 _BYTES = (1, 2, 4, 8)  # elements are moved whatever their type is
 
 
-def pack_tokens(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pack_tokens(x: Tensor, keep: Tensor, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """`reference_attention.pack_tokens` by whichever implementation is picked (dispatch.py).
 
     Raises:
         ValueError: shapes that do not belong together, or a keep that is not bool.
         RuntimeError: when the kernel was asked for explicitly and cannot run.
     """
-    _check_pack(x, keep)
+    _check_pack(x, keep, count)
     backend = dispatch.pick("pack_tokens", x.device.type, _unsupported(x))
     kernel = torch.ops.espalier.pack_tokens
-    return dispatch.call(backend, reference.pack_tokens, kernel, x, keep)
+    return dispatch.call(backend, reference.pack_tokens, kernel, x, keep, count)
 
 
 def unpack_tokens(packed: Tensor, keep: Tensor) -> Tensor:
@@ -51,8 +51,10 @@ def _check_keep(keep: Tensor) -> None:
         raise ValueError(f"keep must be bool (B, N), not {keep.dtype} {tuple(keep.shape)}")
 
 
-def _check_pack(x: Tensor, keep: Tensor) -> None:
+def _check_pack(x: Tensor, keep: Tensor, count: int | None) -> None:
     _check_keep(keep)
+    if count is not None and not 0 <= count <= keep.numel():
+        raise ValueError(f"pack_tokens: count {count} is not among 0 to {keep.numel()} tokens")
     if x.dim() != 3 or x.shape[:2] != keep.shape:
         raise ValueError(f"pack_tokens: x {tuple(x.shape)} must be {tuple(keep.shape)} and a width")
 
@@ -70,10 +72,13 @@ def _row_major(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _pack_outputs(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    count = keep.shape[0] * keep.shape[1]
+def _pack_outputs(
+    x: Tensor, keep: Tensor, count: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = keep.shape[0] * keep.shape[1]
+    count = tokens if count is None else count
     # Without tokens no kernel runs, and every row begins at 0.
-    make = torch.empty if count else torch.zeros
+    make = torch.empty if tokens else torch.zeros
     return (
         torch.empty((count, x.shape[2]), dtype=x.dtype, device=x.device),
         make(keep.shape[0] + 1, dtype=torch.int32, device=x.device),
@@ -81,15 +86,13 @@ def _pack_outputs(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def launch(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def launch(x: Tensor, keep: Tensor, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel of `pack_tokens`."""
-    _check_pack(x, keep)
-    packed, cumulative, indices = _pack_outputs(x, keep)
+    _check_pack(x, keep, count)
+    packed, cumulative, indices = _pack_outputs(x, keep, count)
     x, keep = _row_major(x), keep.contiguous()
-    library.current().launch(
-        "espalier_pack_tokens",
-        *(x, keep, packed, cumulative, indices, *x.shape, *x.stride()[:2], x.element_size()),
-    )
+    sizes = (*x.shape, len(packed), *x.stride()[:2], x.element_size())
+    library.current().launch("espalier_pack_tokens", x, keep, packed, cumulative, indices, *sizes)
     return packed, cumulative, indices
 
 
@@ -115,9 +118,10 @@ def _setup_pack(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.set_materialize_grads(False)
 
 
-def _pack_backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:
+def _pack_backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None]:
     (keep,) = ctx.saved_tensors
-    return None if gradient is None else torch.ops.espalier.unpack_tokens(gradient, keep), None
+    dx = None if gradient is None else torch.ops.espalier.unpack_tokens(gradient, keep)
+    return dx, None, None
 
 
 def _setup_unpack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -127,12 +131,12 @@ def _setup_unpack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _unpack_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     (keep,) = ctx.saved_tensors
-    return torch.ops.espalier.pack_tokens(gradient, keep)[0][: ctx.rows], None
+    return torch.ops.espalier.pack_tokens(gradient, keep, ctx.rows)[0], None
 
 
-def _cpu_pack(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _check_pack(x, keep)
-    return reference.pack_tokens(x, keep)
+def _cpu_pack(x: Tensor, keep: Tensor, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    _check_pack(x, keep, count)
+    return reference.pack_tokens(x, keep, count)
 
 
 def _cpu_unpack(packed: Tensor, keep: Tensor) -> Tensor:
@@ -141,7 +145,7 @@ def _cpu_unpack(packed: Tensor, keep: Tensor) -> Tensor:
 
 
 define(
-    "pack_tokens(Tensor x, Tensor keep) -> (Tensor, Tensor, Tensor)",
+    "pack_tokens(Tensor x, Tensor keep, SymInt? count=None) -> (Tensor, Tensor, Tensor)",
     cpu=_cpu_pack,
     cuda=launch,
     fake=_pack_outputs,

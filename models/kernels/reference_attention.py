@@ -215,27 +215,27 @@ def head_mask_backward(gradient: Tensor, context: Tensor, mask: Tensor) -> tuple
     return head_mask(gradient.to(context.dtype), mask), total.to(mask.dtype)
 
 
-def pack_tokens(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pack_tokens(x: Tensor, keep: Tensor, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Kept tokens of all rows, one after the other, without asking the device how many there are.
 
     Args:
         x: (B, N, D) of any type.   keep: (B, N) bool.
+        count: packed rows M, from 0 to B N, where the caller knows how many are needed; tokens that
+            find no place are left out. None: B N.
 
     Returns:
-        packed (B N, D): the kept tokens first, zeros behind them.
+        packed (M, D): the kept tokens first, zeros behind them.
         cumulative (B + 1,) int32: where each row begins, and at last the number of kept tokens.
-        indices (B N,) int64: which token b N + n each packed row is, -1 behind them.
+        indices (M,) int64: which token b N + n each packed row is, -1 behind them.
 
     Source: sequence packing as flash attention's variable-length interface takes it.
     """
-    rows, tokens = keep.shape
-    flat = keep.flatten()
-    order = flat.logical_not().to(torch.uint8).argsort(stable=True)
-    kept = flat[order]
-    packed = torch.where(kept[:, None], x.flatten(0, 1)[order], x.new_zeros(()))
-    cumulative = torch.zeros(rows + 1, dtype=torch.int32, device=x.device)
-    cumulative[1:] = keep.sum(dim=1).cumsum(0)
-    return packed, cumulative, torch.where(kept, order, -1)
+    count = keep.shape[0] * keep.shape[1] if count is None else count
+    indices = torch.nonzero_static(keep.flatten(), size=count, fill_value=-1).squeeze(1)
+    packed = x.flatten(0, 1).index_select(0, indices.clamp(min=0))
+    packed = packed.masked_fill_((indices < 0)[:, None], 0)
+    cumulative = torch.nn.functional.pad(keep.sum(dim=1).cumsum(0), (1, 0))
+    return packed, cumulative.to(torch.int32), indices
 
 
 def unpack_tokens(packed: Tensor, keep: Tensor) -> Tensor:
@@ -250,5 +250,5 @@ def unpack_tokens(packed: Tensor, keep: Tensor) -> Tensor:
     there = keep.flatten() & (row < packed.shape[0])
     if packed.shape[0] == 0:
         return packed.new_zeros(*keep.shape, packed.shape[1])
-    found = packed[row.clamp(0, packed.shape[0] - 1)]
-    return torch.where(there[:, None], found, packed.new_zeros(())).unflatten(0, tuple(keep.shape))
+    found = packed.index_select(0, row.clamp(0, packed.shape[0] - 1))
+    return found.masked_fill_(~there[:, None], 0).unflatten(0, tuple(keep.shape))

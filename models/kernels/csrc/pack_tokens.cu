@@ -54,13 +54,14 @@ template <bool BACK> int move(void* padded, const void* keep, void* packed, void
 }  // namespace
 }  // namespace esp
 
-// x (rows, tokens, width), keep (rows, tokens) -> packed (rows tokens, width), cumulative (rows +
-// 1), indices (rows tokens); all but x contiguous. Writes nothing without tokens.
+// x (rows, tokens, width), keep (rows, tokens) -> packed (packed_rows, width), cumulative (rows +
+// 1), indices (packed_rows); all but x contiguous; packed_rows is at most rows tokens. Writes
+// nothing without tokens.
 extern "C" int espalier_pack_tokens(const void* x, const void* keep, void* packed, void* cumulative,
                                     void* indices, int64_t rows, int64_t tokens, int64_t width,
-                                    int64_t row_stride, int64_t token_stride, int64_t bytes,
-                                    void* stream) {
-  esp::PackShape shape{rows, tokens, 0, rows * tokens, row_stride, token_stride, width};
+                                    int64_t packed_rows, int64_t row_stride, int64_t token_stride,
+                                    int64_t bytes, void* stream) {
+  esp::PackShape shape{rows, tokens, 0, packed_rows, row_stride, token_stride, width};
   return esp::move<false>(const_cast<void*>(x), keep, packed, cumulative, indices, shape, width,
                           bytes, stream);
 }

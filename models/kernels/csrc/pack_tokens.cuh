@@ -1,8 +1,8 @@
 // Kept tokens of all rows moved together, and back, without the host knowing how many there are.
 //
-// Every token has exactly one place among the B N packed rows: the i-th kept one (from 0) is row i;
-// the i-th dropped one is row B N - 1 - i and leaves zeros there. So one pass fills everything, and
-// a block has to know only how many tokens are kept before its own. It counts them itself: that
+// Every token has exactly one place among B N packed rows: the i-th kept one (from 0) is row i; the
+// i-th dropped one is row B N - 1 - i and leaves zeros there. Where fewer rows are there, those
+// behind them are left out. So one pass fills everything, and a block has to know only how many tokens are kept before its own. It counts them itself: that
 // reads at most B N bytes, which lie in the cache, and spares a second launch.
 //
 // Elements are moved as they are, whatever their type: T and V make up a unit of 1 to 16 bytes.
@@ -65,7 +65,9 @@ ESP_DEVICE void rank_tokens(const uint8_t* keep, int64_t first, int64_t all,
 // or -1.
 ESP_DEVICE void store_index(int64_t token, int64_t rank, bool kept, int64_t place, int64_t all,
                             const PackShape& shape, int32_t* cumulative, int64_t* indices) {
-  store<1>(indices + place, Vector<int64_t, 1>{{kept ? token : -1}});
+  if (place < shape.packed_rows) {
+    store<1>(indices + place, Vector<int64_t, 1>{{kept ? token : -1}});
+  }
   if (token % shape.tokens == 0) {
     int32_t* entry = cumulative + token / shape.tokens;
     store<1>(entry, Vector<int32_t, 1>{{static_cast<int32_t>(rank)}});

@@ -17,9 +17,9 @@ from tests.emulation import emulation
 Packed = tuple[Tensor, Tensor, Tensor]
 
 
-def emulated_pack(x: Tensor, keep: Tensor) -> Packed:
+def emulated_pack(x: Tensor, keep: Tensor, count: int | None = None) -> Packed:
     with emulation():
-        return family.launch(x, keep)
+        return family.launch(x, keep, count)
 
 
 def emulated_unpack(packed: Tensor, keep: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def emulated_unpack(packed: Tensor, keep: Tensor) -> Tensor:
         return family.launch_unpack(packed, keep)
 
 
-PACKS: list[Callable[[Tensor, Tensor], Packed]] = [reference.pack_tokens, emulated_pack]
+PACKS: list[Callable[..., Packed]] = [reference.pack_tokens, emulated_pack]
 UNPACKS: list[Callable[[Tensor, Tensor], Tensor]] = [reference.unpack_tokens, emulated_unpack]
 pack_forms = pytest.mark.parametrize("pack", PACKS, ids=["reference", "kernel"])
 unpack_forms = pytest.mark.parametrize("unpack", UNPACKS, ids=["reference", "kernel"])
@@ -46,8 +46,10 @@ def expected_pack(x: Tensor, keep: Tensor) -> Packed:
     return packed, torch.tensor(sums, dtype=torch.int32), indices
 
 
-def check(pack: Callable[[Tensor, Tensor], Packed], x: Tensor, keep: Tensor) -> None:
-    for found, expected in zip(pack(x, keep), expected_pack(x, keep), strict=True):
+def check(pack: Callable[..., Packed], x: Tensor, keep: Tensor, count: int | None = None) -> None:
+    packed, cumulative, indices = expected_pack(x, keep)
+    wanted = packed[:count], cumulative, indices[:count]
+    for found, expected in zip(pack(x, keep, count), wanted, strict=True):
         assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
@@ -74,6 +76,15 @@ def test_pack_any_mask(pack, rows, tokens, width, random) -> None:
     x = torch.arange(rows * tokens * width, dtype=torch.float32).view(rows, tokens, width)
     keep = torch.tensor([[random.random() < 0.5 for _ in range(tokens)] for _ in range(rows)])
     check(pack, x, keep)
+
+
+@pack_forms
+@pytest.mark.parametrize("width", [5, 16])
+def test_as_many_rows_as_are_needed(pack, width: int) -> None:
+    x, keep = make(3, 130, width)
+    kept = int(keep.sum())
+    for count in (kept, kept - 7, kept + 7, keep.numel() - 1, 1, 0):
+        check(pack, x, keep, count)
 
 
 @unpack_forms
@@ -161,6 +172,7 @@ def test_each_is_the_gradient_of_the_other() -> None:
     for pack in (reference.pack_tokens, ops.pack_tokens):
         assert torch.autograd.gradcheck(lambda x, f=pack: f(x, keep)[0], x)
         assert torch.autograd.gradgradcheck(lambda x, f=pack: f(x, keep)[0], x)
+        assert torch.autograd.gradcheck(lambda x, f=pack: f(x, keep, 4)[0], x)
     for unpack in (reference.unpack_tokens, ops.unpack_tokens):
         assert torch.autograd.gradcheck(lambda p, f=unpack: f(p, keep), packed)
         assert torch.autograd.gradgradcheck(lambda p, f=unpack: f(p, keep), packed)
@@ -168,7 +180,9 @@ def test_each_is_the_gradient_of_the_other() -> None:
 
 def test_opcheck() -> None:
     x, keep = make(2, 5, 3)
-    torch.library.opcheck(torch.ops.espalier.pack_tokens.default, (x.requires_grad_(), keep))
+    for count in (None, 4):
+        arguments = (x.requires_grad_(), keep, count)
+        torch.library.opcheck(torch.ops.espalier.pack_tokens.default, arguments)
     packed = torch.randn(8, 3, requires_grad=True)
     torch.library.opcheck(torch.ops.espalier.unpack_tokens.default, (packed, keep))
 
@@ -187,6 +201,9 @@ def test_unfit_arguments_are_refused() -> None:
     for bad in (keep[:1], keep.int(), keep[0]):
         with pytest.raises(ValueError, match=r"keep|pack_tokens"):
             family.pack_tokens(x, bad)
+    for count in (-1, 11):
+        with pytest.raises(ValueError, match="0 to 10"):
+            family.pack_tokens(x, keep, count)
     with pytest.raises(ValueError, match="at most 10"):
         family.unpack_tokens(torch.zeros(11, 3), keep)
     assert torch.equal(family.pack_tokens(x, keep)[0], expected_pack(x, keep)[0])  # auto on a CPU
