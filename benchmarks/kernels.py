@@ -38,7 +38,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models.kernels import fold, library, reference, reference_fold, reference_gates  # noqa: E402  # noqa: E402
+from benchmarks.kernels_attention import attention_cases  # noqa: E402
+from models.kernels import fold, library, reference, reference_fold, reference_gates  # noqa: E402
 from train.evaluation.latency import device_name  # noqa: E402
 from train.provenance import provenance  # noqa: E402
 
@@ -189,7 +190,7 @@ def cases(device: str, small: bool) -> dict[str, Callable[[], Case]]:
     made["hard_concrete"] = lambda: gates_case(device)
     made["fold_cast"] = lambda: fold_case(device, 1.0)
     made["compact"] = lambda: fold_case(device, 0.4)
-    return made
+    return made | attention_cases(Case, device, small)
 
 
 def as_list(outputs: Any) -> list[Tensor]:
@@ -259,8 +260,16 @@ def input_sets(case: Case, device: str) -> list[Inputs]:
     return [first, *(case.make() for _ in range(max(1, -(-OVER_CACHE * cache // size) - 1)))]
 
 
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Device memory that one call takes beyond what is held before it."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def measure(case: Case, device: str, repeats: int, copied: float) -> dict[str, Any]:
-    """Every variant: milliseconds forward and both ways, bandwidth over that of a copy."""
+    """Every variant: milliseconds forward and both ways, bandwidth over that of a copy, memory."""
     sets = input_sets(case, device)
     expected, result = None, {}
     gradients: list[Tensor] = []
@@ -284,6 +293,8 @@ def measure(case: Case, device: str, repeats: int, copied: float) -> dict[str, A
         row["noise"] = max(abs(a - b) / min(a, b) for a, b in timed)
         row["forward_of_copy"] = case.bytes[0] / (row["forward_ms"] / 1e3) / copied
         row["both_of_copy"] = sum(case.bytes) / (row["both_ms"] / 1e3) / copied
+        if device == "cuda":
+            row["peak_bytes"] = peak_bytes(both[0])
         result[name] = row
     return result
 

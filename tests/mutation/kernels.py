@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from models.kernels.build import CSRC
+from tests.mutation.attention_kernels import MISTAKES
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests" / "unit" / "models" / "kernels"
@@ -158,6 +159,7 @@ MUTANTS = [
         "workspace + item.tiles * item.n_rows;",
         "workspace;",
     ),
+    *(Mutant(*mistake) for mistake in MISTAKES),
 ]
 
 

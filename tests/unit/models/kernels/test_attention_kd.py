@@ -213,6 +213,16 @@ def test_masks_of_one_model_alone(kind: str) -> None:
         compare(replace(plain, mask=pair[0], teacher_mask=pair[1]))
 
 
+def test_a_teacher_that_sees_nothing_has_no_say_in_kl() -> None:
+    plain = make("kl", torch.bfloat16, (2, 1, 20, 37), (32, 32))
+    seen = masks("padding", 37)
+    seen[1] = False
+    case = replace(plain, teacher_mask=seen)
+    compare(case)
+    _, dq, dk = run(case)
+    assert not dq[1].any() and not dk[1].any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(1, 1, 70, 70), (1, 1, 9, 33), (1, 1, 33, 9)])
 def test_causal(shape: tuple[int, int, int, int], kind: str) -> None:
