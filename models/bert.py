@@ -182,7 +182,8 @@ def run_layers(
                 raise ValueError("layers with cross-attention need image states to read")
             place, turn = turn % len(contexts), turn + 1
         x = trim.own(index, x, place)
-        own_heads, cross_heads = trim.heads(index, x, place, held)
+        gates = layer.attention.gate.z, layer.cross_attention.gate.z if layer.has_cross else None
+        own_heads, cross_heads = trim.heads(index, x, place, held, gates)
         if place is not None:
             context, context_mask, packing = trim.context(index, x, place, held)
             cross = layer.cross_attention

@@ -93,8 +93,8 @@ class ImagePass:
             self.index = None
         return x
 
-    def before(self, layer: int, x: Tensor) -> tuple[Tensor, BlockTrim]:
-        """The states that enter block `layer`, and what it is told."""
+    def before(self, layer: int, x: Tensor, gates: Tensor | None) -> tuple[Tensor, BlockTrim]:
+        """The states that enter block `layer`, and what it is told; gates (H,) are its heads'."""
         trimmers, stream, record = self.trimmers, self.stream, self.record
         if trimmers is None or record is None:
             return x, BlockTrim()
@@ -104,7 +104,8 @@ class ImagePass:
         record.tokens[layer] = stream.count(x)
         heads = None
         if str(layer) in trimmers.heads:
-            heads, record.heads[layer] = trimmers.choose_heads("heads", layer, stream.first(x))
+            first = stream.first(x)
+            heads, record.heads[layer] = trimmers.choose_heads("heads", layer, first, gates=gates)
         return x, BlockTrim(packing=stream.packing, heads=heads)
 
     def finish(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -197,9 +198,15 @@ class TextPass:
         return first if len(first) == rows else first.repeat_interleave(rows // len(first), 0)
 
     def heads(
-        self, layer: int, x: Tensor, turn: int | None, cache: LayerCache | None
+        self,
+        layer: int,
+        x: Tensor,
+        turn: int | None,
+        cache: LayerCache | None,
+        gates: tuple[Tensor | None, Tensor | None],
     ) -> tuple[Tensor | None, Tensor | None]:
-        """What self-attention and cross-attention of `layer` are told about their heads."""
+        """What self-attention and cross-attention of `layer` are told about their heads, from the
+        gates (H,) of both."""
         trimmers, record, number = self.trimmers, self.record, self.first + layer
         if trimmers is None or record is None:
             return None, None
@@ -208,10 +215,11 @@ class TextPass:
         first = self.stream.first(x)
         own = cross = None
         if str(number) in trimmers.heads:
-            own, record.heads[number] = trimmers.choose_heads("heads", number, first)
+            own, kept = trimmers.choose_heads("heads", number, first, gates=gates[0])
+            record.heads[number] = kept
         if turn is not None and str(number) in trimmers.cross_heads:
             other = self._image_first(turn, len(x))
-            cross, kept = trimmers.choose_heads("cross_heads", number, first, other)
+            cross, kept = trimmers.choose_heads("cross_heads", number, first, other, gates[1])
             record.cross_heads[number] = kept
         if cache is not None:
             cache.heads = own, cross

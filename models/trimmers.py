@@ -226,6 +226,10 @@ class Trimmers(nn.Module):
             if isinstance(part, TokenTrimmer | HeadTrimmer):
                 part.reset()
 
+    def take_mode(self, other: Trimmers) -> None:
+        """Runs as `other` runs."""
+        self.mode, self.fixed, self.tau = other.mode, other.fixed, other.tau
+
     @property
     def noise(self) -> float | None:
         """Temperature of the decisions' noise; None in evaluation."""
@@ -240,19 +244,31 @@ class Trimmers(nn.Module):
             )
 
     def choose_heads(
-        self, kind: str, layer: int, first: Tensor, other: Tensor | None = None
+        self,
+        kind: str,
+        layer: int,
+        first: Tensor,
+        other: Tensor | None = None,
+        gates: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What the attention of `layer` is told, and the decision (B, H).
 
         Args:
             kind: "heads" or "cross_heads".   first, other: as of `HeadTrimmer`.
+            gates: (H,), of the attention: a head whose gate is 0 is dropped, and the one head that
+                is always kept is one of the others, as when closed heads have been cut out.
 
         Returns:
             The decision itself, as factors; in modes that move tokens, for a single row, the heads
             that stay instead, (H',) int64.
         """
         trimmers: nn.ModuleDict = getattr(self, kind)
-        kept = decide(trimmers[str(layer)](first, other), tau=self.noise)
+        logits = trimmers[str(layer)](first, other)
+        if gates is None:
+            kept = decide(logits, tau=self.noise)
+        else:
+            present = (gates != 0).expand_as(logits)
+            kept = decide(logits, present, tau=self.noise) * present
         if self.mode in ("gather", "packed") and kept.shape[0] == 1:
             return kept[0].nonzero().squeeze(1), kept
         return kept, kept

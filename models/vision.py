@@ -217,8 +217,8 @@ class VisionEncoder(nn.Module):
         for index, block in enumerate(self.blocks):
             if region_mask is not None and index == start:
                 x, rows = self._gather_regions(x, stream, region_mask, image_index)
-            x, told = trim.before(index, x)
             assert isinstance(block, ViTBlock)
+            x, told = trim.before(index, x, block.attention.gate.z)
             traced = index in recorder.capture.attention
             x, record = run_block(block, x, stream.mask, trace=traced, trim=told)
             recorder.traces(index, record)

@@ -135,8 +135,9 @@ def _cut_attention(state: dict[str, Tensor], prefix: str, head_dim: int, z: Tens
 def _cut_pair(
     state: dict[str, Tensor], paths: tuple[str, str], parts: tuple[Attention, Attention],
     gates: tuple[Tensor, Tensor],
-) -> int:  # fmt: skip
-    """Cross-attentions that share one key and value projection (NLVR2). Returns its heads left.
+) -> tuple[int, tuple[list[int], list[int]]]:  # fmt: skip
+    """Cross-attentions that share one key and value projection (NLVR2). Returns how many heads that
+    has left, and the heads of each reader that are left, in their new order.
 
     The shared heads that remain are ordered as those of the first reader only, of both, of the
     second only, so that each reader still takes one end of them.
@@ -164,7 +165,7 @@ def _cut_pair(
             _cut(state, f"{paths[0]}.{name}", 0, _entries(torch.tensor(order), head_dim), None)
         else:
             del state[f"{paths[0]}.{name}"]
-    return len(order)
+    return len(order), mine
 
 
 def _shared_kept(gates: tuple[Tensor, Tensor], shared: int) -> tuple[set[int], set[int]]:
@@ -212,6 +213,23 @@ def _cut_ffn(state: dict[str, Tensor], prefix: str, gate_first: bool, z: Tensor)
     _cut(state, f"{prefix}.fc2.weight", 1, kept, after)
 
 
+def _cut_head_trimmer(
+    state: dict[str, Tensor], config: ModelConfig, name: str, kept: Tensor
+) -> None:
+    """The outputs for heads `kept` of slot `name`, in their order, if it has a head trimmer; without a
+    choice left the trimmer goes. Closed heads were no candidates before (`Trimmers.choose_heads`).
+    """
+    section, kind, layer = _places(config)[name]
+    layer += config.text.text_layers if kind == "cross_heads" else 0
+    prefix = f"{section}.trimmers.{kind}.{layer}"
+    parts = [key.removeprefix(f"{prefix}.") for key in state if key.startswith(f"{prefix}.")]
+    if len(kept) <= 1:
+        _drop(state, prefix, parts)
+    elif parts:
+        for part in ("weight", "bias"):
+            _cut(state, f"{prefix}.fc2.{part}", 0, kept, None)
+
+
 def _soft(z: Tensor) -> Tensor | None:
     """None when every gate is exactly 1: then weights are copied bit for bit."""
     return None if bool((z == 1).all()) else z
@@ -226,8 +244,9 @@ def prune(model: XVLM, gates: Mapping[str, Tensor]) -> XVLM:
             folded into the weights. Slots left out keep all their units.
 
     Returns:
-        A model of the same class, device, dtype and mode, without gate values in its slots. The
-        parameters are copies. A layer may lose all heads or units: its output bias remains.
+        A model of the same class, device, dtype, mode and trimming mode, without gate values in its
+        slots. The parameters are copies. A layer may lose all heads or units: its output bias
+        remains. Trimmers stay; those of heads choose among the heads that are left.
 
     Raises:
         ValueError: on an unknown slot, a wrong number of gates, or values outside [0, 1].
@@ -249,12 +268,16 @@ def prune(model: XVLM, gates: Mapping[str, Tensor]) -> XVLM:
         if isinstance(part, Attention):
             if part.shared_heads is not None:
                 continue  # cut above, with its partner
+            _cut_head_trimmer(state, model.config, name, z.nonzero().flatten())
             _cut_attention(state, path, part.head_dim, z)
         else:
             _cut_ffn(state, path, part.gate_first, z)
     with torch.device("meta"):  # no weights are drawn: the global random state stays as it is
         slim = XVLM(with_widths(model.config, changes, pairs))
     slim.load_state_dict(state, assign=True)
+    for was, now in ((model.vision, slim.vision), (model.text, slim.text)):
+        if was.trimmers is not None and now.trimmers is not None:
+            now.trimmers.take_mode(was.trimmers)
     return slim.train(model.training)
 
 
@@ -278,7 +301,9 @@ def _cut_pairs(
             gates.get(name, torch.ones(part.heads))
             for name, part in zip(names, (one, other), strict=True)
         )
-        left[pair] = _cut_pair(state, (path, other_path), (one, other), (z[0], z[1]))
+        left[pair], kept = _cut_pair(state, (path, other_path), (one, other), (z[0], z[1]))
+        for name, heads in zip(names, kept, strict=True):
+            _cut_head_trimmer(state, config, name, torch.tensor(heads, dtype=torch.int64))
     return left
 
 
