@@ -16,7 +16,7 @@ __all__ = ["Console"]
 _SHOWN = {
     "loss/total": "loss",
     "lr": "lr",
-    "sparsity/expected": "sparsity",
+    "sparsity/actual": "sparsity",
     "sparsity/target": "target",
     "samples_per_s": "samples/s",
     "mfu": "mfu",
