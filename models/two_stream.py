@@ -74,7 +74,7 @@ class ImageFusion(nn.Module):
 
     def _type(self, kind: int, like: Tensor) -> Tensor:
         """(1, D): 0 is text, 1 is image."""
-        return self.token_type(torch.tensor([kind], device=like.device))
+        return self.token_type(torch.full((1,), kind, dtype=torch.int64, device=like.device))
 
     def enter_text(self, states: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""

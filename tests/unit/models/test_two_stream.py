@@ -236,6 +236,28 @@ def test_every_form_reaches_every_parameter(form):
     assert sum(bool(p.grad.any()) for p in fused if p.grad is not None) >= len(fused) - 4
 
 
+@pytest.mark.parametrize("form", ["vqa", "nlvr2"])
+def test_compiled_passes_are_one_graph_and_equal(form):
+    model = shaken(form)
+    batch = Batch(model)
+    asked = Capture.of(hidden=range(5), attention=range(4), cross_attention=(2, 3))
+    wanted = model.multimodal(batch.ids, batch.mask, encoded(model, batch), None, asked)
+    model.compile_encoders(backend="eager", fullgraph=True)
+    found = model.multimodal(batch.ids, batch.mask, encoded(model, batch), None, asked)
+    torch.testing.assert_close(found.last, wanted.last)
+    assert found.streams is not None and found.streams[1].hidden.keys() == {2, 3, 4}
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    gradients = []
+    for recompute in (False, True):
+        model = shaken()
+        model.set_activation_checkpointing(recompute)
+        run(model, Batch(model)).square().mean().backward()
+        gradients.append([p.grad for p in model.image_fusion.parameters()])  # type: ignore[union-attr]
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 # --- files and other models ---------------------------------------------------------------------------
 
 
@@ -340,6 +362,12 @@ def test_meters_size_is_the_known_one(pixels, gmacs, vision, text):
     assert sum(found) / 1e9 == pytest.approx(gmacs, rel=0.01)
     assert found[0] / 1e9 == pytest.approx(vision, rel=0.01)
     assert found[1] / 1e9 == pytest.approx(text, rel=0.02)
+    with torch.device("meta"):
+        model = XVLM(shape).requires_grad_(False)
+        images, ids = torch.zeros(1, 3, pixels, pixels), torch.ones(1, 32, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            model.multimodal(ids, None, model.encode_image(images).last)
+    assert counter.get_total_flops() == 2 * sum(found)
     assert head_macs(shape, 32) < 1e7
     vqa = shape.as_form("vqa")
     assert decoder_macs(vqa, 2, 32) == decoder_macs(vqa, 2, 7)  # it reads two pooled tokens
