@@ -132,7 +132,7 @@ def test_streams_equal_a_naive_float64_one():
         assert fused.streams is not None
         for row, length in enumerate(batch.mask.sum(1).tolist()):
             x, y, pooled = naive(model, text[row, :length], image[row])
-            close = {"atol": 1e-10, "rtol": 1e-10}
+            close: Any = {"atol": 1e-10, "rtol": 1e-10}
             torch.testing.assert_close(fused.words[row, :length], x, **close)
             torch.testing.assert_close(fused.streams[1].last[row], y, **close)
             torch.testing.assert_close(fused.last[row], pooled, **close)

@@ -13,7 +13,7 @@ from models.trim_config import TrimmingConfig
 from models.trimmers import TokenTrimmer
 from models.trimming import default_trimming, dense_macs, expected_macs, with_trimming
 from models.xvlm import XVLM
-from tests.unit.models.test_trimming import CLOSE, Batch, agree, by_mode, decisive, image_of, run
+from tests.unit.models.test_trimming import Batch, agree, by_mode, decisive, image_of, run
 from tests.unit.models.test_trimming_cost import cost_of, passes
 from tests.unit.models.test_two_stream import config
 
@@ -64,8 +64,8 @@ def test_fresh_trimmers_change_nothing(form):
 def test_dropped_tokens_are_gone_for_layers_written_out():
     """Both streams' layers on the kept tokens alone, without any of the trimming code."""
     model = trimmed("retrieval", 5, heads=(), vision=(), guided=False)
-    batch, stream = Batch(model), model.image_fusion
-    assert stream is not None
+    batch = Batch(model)
+    stream: Any = model.image_fusion
     dropped = 0
     with torch.no_grad():
         image = model.encode_image(batch.images).last[batch.first]
@@ -86,9 +86,11 @@ def test_dropped_tokens_are_gone_for_layers_written_out():
                 layer = model.text.layers[2 + place]
                 x, y = layer(x, None, y, None)[0], beside(y, None, x, None)[0]
             dropped += length - len(here) + image.shape[1] - len(there)
-            torch.testing.assert_close(fused.words[row, here], x[0], **CLOSE)
-            torch.testing.assert_close(fused.streams[1].last[row, there], y[0], **CLOSE)
-            torch.testing.assert_close(fused.last[row], stream.pool(x, y)[0], **CLOSE)
+            torch.testing.assert_close(fused.words[row, here], x[0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                fused.streams[1].last[row, there], y[0], atol=1e-5, rtol=1e-4
+            )
+            torch.testing.assert_close(fused.last[row], stream.pool(x, y)[0], atol=1e-5, rtol=1e-4)
     assert dropped > 5
 
 
@@ -101,7 +103,7 @@ def test_each_stream_is_judged_by_its_own_tokens_and_the_others_first():
         moved = {"text": text.clone(), "image": image.clone()}
         moved["text"][:, 0] += 1.0
         moved["image"][:, 0] += 1.0
-        sites = {
+        sites: Any = {
             name: model.fuse(words, batch.mask, pixels).trimming
             for name, words, pixels in (
                 ("same", text, image),

@@ -46,7 +46,9 @@ SHALLOW: dict[str, Any] = {
 
 def model(task: str, seed: int = 0, student: bool = False) -> XVLM:
     torch.manual_seed(seed)
-    values = {key: dict(value) for key, value in (SHALLOW if student else {}).items()}
+    values: dict[str, Any] = {
+        key: dict(value) for key, value in (SHALLOW if student else {}).items()
+    }
     values["text"] = values.get("text", {}) | {"vocab_size": downstream.VOCABULARY}
     return XVLM(presets.config("blocksworld-meter-micro", **values).as_form(task))
 
@@ -89,7 +91,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(task):
 def test_the_image_stream_is_distilled_too(task, kind):
     """The image's last layer is changed in a part that only the term in question can see."""
     student, teacher = model(task).eval(), model(task)
-    layer = student.image_fusion.layers[-1]  # type: ignore[union-attr]
+    stream: Any = student.image_fusion
+    layer = stream.layers[-1]
     part = {"hidden": layer.ffn_norm, "attention": layer.attention.q}
     changed = part.get(kind, layer.cross_attention.q).weight
     with torch.no_grad():
