@@ -25,6 +25,7 @@ from train.evaluation.pictures import pretrain_pictures, vqa_pictures
 from train.evaluation.pretrain import evaluate_pretraining
 from train.evaluation.runner import EvaluatesSplit, evaluate
 from train.evaluation.task_pictures import task_pictures
+from train.evaluation.trim_pictures import trim_pictures
 from train.evaluation.vqa import AnswerList
 from train.monitor import Monitor
 from train.monitor.flops import StepCost, step_cost
@@ -348,7 +349,9 @@ def _validate(run: Run, held_out: Loader, places: Loader | None) -> dict[str, fl
 def _pictures(
     run: Run, step: int, answers: AnswerList | None, held_out: Loader, places: Loader | None
 ) -> None:
-    """Held-out examples: what the model says beside the truth."""
+    """Held-out examples: what the model says beside the truth, and what its trimmers keep."""
+    if isinstance(run.task, TrimTask):
+        trim_pictures(run.monitor, step, run.student, run.task, held_out, run.dist, run.tokenizer)
     if run.config.task == "pretrain":
         pretrain_pictures(
             run.monitor,

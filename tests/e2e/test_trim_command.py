@@ -79,6 +79,9 @@ def test_trim_of_a_task_from_the_command_to_the_answer(
         [1.0, 1 - 0.5 * (0.1 / 1.2), 1 - 0.5 * (1.1 / 1.2)]
     )
 
+    assert f"{task}/kept" in "".join(
+        path.read_bytes().decode("latin-1") for path in (out / "tensorboard").iterdir()
+    )
     model = from_pretrained(out / "model")
     trimming = model.config.trimming
     assert trimming is not None and trimming.mode == "gather" and trimming.vision_keep

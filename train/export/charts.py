@@ -17,6 +17,7 @@ __all__ = [
     "MUTED",
     "Point",
     "grouped_bars",
+    "histogram",
     "kept_bars",
     "lines",
     "nice_ticks",
@@ -256,6 +257,29 @@ def grouped_bars(
         body.append(_text(x + 17, 14, name, "start"))
         x += 44 + 7 * len(name)
     return _svg(width, frame.height, label, body)
+
+
+def histogram(
+    edges: Sequence[float],
+    counts: Sequence[float],
+    x_label: str,
+    label: str,
+    colour: str,
+    width: float = 480,
+) -> str:
+    """Bars of counts between n + 1 rising edges."""
+    highest = max(counts)
+    frame = _Frame(nice_ticks(0.0, edges[-1]), nice_ticks(0.0, highest, 4), width=width, height=200)
+    body = frame.axes(x_label, "examples", False)
+    floor = frame.y(0.0)
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        x, y = frame.x(low), frame.y(count)
+        told = f"{low:.2f} to {high:.2f}: {count:g}"
+        body.append(
+            f'<rect x="{x + 0.5:.1f}" y="{y:.1f}" width="{max(frame.x(high) - x - 1, 0.5):.1f}" '
+            f'height="{floor - y:.1f}" fill="{colour}"><title>{escape(told)}</title></rect>'
+        )
+    return _svg(frame.width, frame.height, label, body)
 
 
 def kept_bars(

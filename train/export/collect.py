@@ -49,6 +49,7 @@ class Collected:
         curves: stages that left metrics.
         kept: part -> (row, kept, total) of heads and FFN units of the pruned model.
         budgets: pruning run -> what it was held to and what came of it ("budget" of sparsity.json).
+        trims: trimming run -> what its trimmers keep (trim.json).
         pictures: folder that example pictures are relative to.
     """
 
@@ -57,6 +58,7 @@ class Collected:
     curves: list[Curve] = field(default_factory=list)
     kept: Kept = field(default_factory=dict)
     budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    trims: dict[str, dict[str, Any]] = field(default_factory=dict)
     pictures: Path | None = None
 
 
@@ -167,6 +169,8 @@ def _add_run(run: Path, name: str, found: Collected) -> None:
         budget = _read_json(run / "sparsity.json").get("budget")
         if budget:  # runs of earlier versions have none
             found.budgets[name] = budget
+    if (run / "trim.json").is_file():
+        found.trims[name] = _read_json(run / "trim.json")
     if (
         values.get("stage") == "prune"
         and not found.kept

@@ -13,6 +13,7 @@ from typing import Any
 from train.export import charts
 from train.export.budgets import budget_section, modality_chart
 from train.export.collect import Collected, Curve, collect
+from train.export.trimming import cost_chart, trimming_section
 
 __all__ = ["COLOURS", "render", "verdict", "write_report"]
 
@@ -277,6 +278,7 @@ def _curves(curves: Iterable[Curve]) -> str:
         )
         drawn = {"loss": _loss_chart(curve), "sparsity": _sparsity_chart(curve)}
         drawn["removed by modality"] = modality_chart(curve.series, curve.name)
+        drawn["cost of trimmed passes"] = cost_chart(curve.series, curve.name)
         for kind, chart in drawn.items():
             if chart:
                 blocks.append(f"<div><h3>{escape(title)}, {kind}</h3>{chart}</div>")
@@ -367,7 +369,8 @@ def render(found: Collected, title: str | None = None) -> str:
     ]
     if summary is not None:
         body += [_facts(summary), _table(summary), _speed_plots(summary), _types(summary)]
-    body += [_gates(found.kept), budget_section(found.budgets), _curves(found.curves)]
+    body += [_gates(found.kept), budget_section(found.budgets), trimming_section(found.trims)]
+    body.append(_curves(found.curves))
     if summary is not None:
         body.append(_examples(summary, found.pictures))
     body.append(_footer(summary))

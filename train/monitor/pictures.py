@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-__all__ = ["answer_caption", "as_tensor", "caption_grid", "draw_boxes", "framed", "overlay"]
+__all__ = [
+    "answer_caption",
+    "as_tensor",
+    "caption_grid",
+    "draw_boxes",
+    "framed",
+    "kept_patches",
+    "overlay",
+]
 
 _FONT_SIZE = 14
 _LINE = 18
@@ -18,6 +26,7 @@ _MARGIN = 6
 # Smaller pictures are enlarged, or the text below them would not fit.
 _MIN_SIDE = 192
 _MAX_LINES = 6
+_DARK, _VEIL, _EDGE = 0.2, (34, 38, 62), "#9aa5a0"  # what is left of a dropped patch
 
 
 def answer_caption(question: str, prediction: str, answer: str) -> str:
@@ -83,6 +92,25 @@ def overlay(image: Tensor, weights: Tensor) -> Tensor:
     )
     opacity = 0.85 * heat**1.5
     return (grey * (1 - opacity) + colour * opacity).clamp(0, 255).to(torch.uint8)
+
+
+def kept_patches(image: Tensor, kept: Tensor, label: str = "") -> Tensor:
+    """The picture (3, H, W) uint8, enlarged where it is small, its patches dark and bluish that
+    are not in `kept` (g, g) bool, with a label in its corner.
+    """
+    large = _enlarged(image)
+    mask = F.interpolate(kept.detach().cpu().float()[None, None], size=large.shape[1:])[0] > 0
+    veil = torch.tensor(_VEIL).view(3, 1, 1)  # dark pictures have dark patches that stay
+    dark = (large.float() * _DARK + veil).to(torch.uint8)
+    picture = _picture(torch.where(mask, large, dark))
+    if label:
+        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=_FONT_SIZE)
+        box = draw.textbbox((3, 1), label, font=font)
+        draw.rectangle((0, 0, box[2] + 3, box[3] + 3), fill="white")
+        draw.text((3, 1), label, fill="black", font=font)
+    line = ImageDraw.Draw(picture)
+    line.rectangle((0, 0, picture.width - 1, picture.height - 1), outline=_EDGE)
+    return as_tensor(picture)
 
 
 def framed(image: Tensor, colour: str) -> Tensor:

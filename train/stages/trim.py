@@ -21,7 +21,7 @@ from models.trim_config import TrimmingConfig
 from models.xvlm import XVLM
 from train.evaluation.runner import evaluate
 from train.tasks.base import StepContext
-from train.tasks.trim import TrimTask, costs_of
+from train.tasks.trim import TrimTask, costs_of, row_shares
 from train.trim_config import TrimConfig
 
 __all__ = ["REPORT", "Kept", "finish_trimming", "keep_counts", "measure"]
@@ -95,9 +95,9 @@ def measure(model: XVLM, task: Any, batches: Iterable[Batch]) -> Kept:
         costs = costs_of(model, done)
         found.mean_shares.append(float(costs.share()))
         found.rows.append(batch.rows)
-        total = float(sum(costs.dense.values()))
-        if len({len(rows) for rows in costs.parts.values()}) == 1:
-            found.shares.extend((costs.per_example() / total).tolist())
+        shares = row_shares(costs)
+        if shares is not None:
+            found.shares.extend(shares.tolist())
     if not found.rows:
         raise ValueError("trim: there are no held-out inputs to count kept tokens on (data.val)")
     return found

@@ -23,7 +23,7 @@ from train.tasks.base import Losses, StepContext, Task
 from train.tasks.scored import Scored
 from train.trim_config import TrimConfig
 
-__all__ = ["TrimTask", "costs_of", "kept_shares", "site_shares"]
+__all__ = ["TrimTask", "costs_of", "kept_shares", "row_shares", "site_shares"]
 
 
 @dataclass
@@ -114,6 +114,14 @@ def costs_of(model: XVLM, done: Scored) -> Costs:
         fused=done.fused,
         answer_tokens=done.answer_tokens,
     )
+
+
+def row_shares(costs: Costs) -> Tensor | None:
+    """(B,) cost of each example over the full model's mean; None where texts share images."""
+    try:
+        return costs.per_example() / costs.total_dense()
+    except ValueError:
+        return None
 
 
 def _over_ranks(share: Tensor) -> Tensor:

@@ -349,7 +349,7 @@ def test_calibration_counts_what_stays(task):
         for layer in seen.sites:
             expected.setdefault(f"vision.{layer}", []).append(float(seen.tokens[layer]) - 1)
         for layer, chosen in seen.heads.items():
-            heads.setdefault(f"vision.{layer}", []).append(float(chosen.mean()))
+            heads.setdefault(f"vision.{layer}", []).append(float(chosen.detach().mean()))
     vision = {name: v for name, v in found.counts.items() if name.startswith("vision")}
     assert vision == {name: values * 2 for name, values in expected.items()}
     assert set(found.tokens.values()) == {model.config.vision.output_tokens}
