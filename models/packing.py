@@ -22,7 +22,7 @@ try:
 except ImportError:  # before torch 2.10
     varlen_attn = None
 
-__all__ = ["Packing", "packed_attention", "weighted_attention"]
+__all__ = ["Packing", "masked_mean", "packed_attention", "weighted_attention"]
 
 _EPSILON = 1e-6  # least share of the kept keys in a softmax; bounds the gradient of weights
 
@@ -80,6 +80,17 @@ class Packing:
     def first(self, packed: Tensor) -> Tensor:
         """(T, ...) -> (B, ...): the first token of each row; every row has one."""
         return packed.index_select(0, self.starts[:-1].long())
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """(B, N, D), (B, N) bool or weights -> (B, D), the mean of what the mask shows.
+
+    Sums in float32: in float16 a few hundred tokens with a large channel are beyond its range.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight = mask.to(wide).unsqueeze(-1)
+    total = (x * weight.to(x.dtype)).sum(1, dtype=wide)
+    return (total / weight.sum(1).clamp(min=1)).to(x.dtype)
 
 
 def weighted_attention(

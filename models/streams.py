@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.kernels.pack_tokens import pack_tokens
 from models.outputs import TrimSite
-from models.packing import Packing
+from models.packing import Packing, masked_mean
 from models.trimmers import Trimmers, decide
 
 __all__ = ["BlockTrim", "TokenStream"]
@@ -89,8 +89,7 @@ class TokenStream:
         mask = self._grid_mask()
         if mask is None:
             return x.mean(1)
-        weight = mask.to(x.dtype).unsqueeze(-1)
-        return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
+        return masked_mean(x, mask)
 
     # --- changes --------------------------------------------------------------------------------
 

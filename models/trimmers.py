@@ -26,6 +26,21 @@ _TEMPERATURE, _LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = 0.1, 0.01, 1.0
 _NOISE_EDGE = 1e-6
 
 
+class LogitLinear(nn.Linear):
+    """A linear map to float32, whatever the precision around it.
+
+    Buckets rank tokens by their logits. Near `init_logit` a bfloat16 has 32 values to the unit, so
+    that most tokens of a picture would tie and the ranking would be that of their places.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        device = input.device.type
+        if torch.is_autocast_enabled(device):  # asked, for exported graphs should have no regions
+            with torch.autocast(device, enabled=False):
+                return self.forward(input)
+        return F.linear(input.float(), self.weight.float(), self.bias.float())
+
+
 class TokenTrimmer(nn.Module):
     """logit = MLP(LN(x)) + alpha * cos(Wq LN(x), Wk LN(guide)) / t, kept where above 0.
 
@@ -47,7 +62,7 @@ class TokenTrimmer(nn.Module):
         self.guided, self.init_logit = guide_width is not None, init_logit
         self.norm = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, bottleneck)
-        self.fc2 = nn.Linear(bottleneck, 1)
+        self.fc2 = LogitLinear(bottleneck, 1)
         if guide_width is not None:
             self.guide_norm = nn.LayerNorm(guide_width)
             self.query = nn.Linear(width, projection, bias=False)
@@ -79,7 +94,7 @@ class TokenTrimmer(nn.Module):
             ValueError: when the trimmer compares with a guide and there is none.
         """
         normed = self.norm(x)
-        logits = self.fc2(F.gelu(self.fc1(normed))).squeeze(-1).float()
+        logits = self.fc2(F.gelu(self.fc1(normed))).squeeze(-1)
         if not self.guided:
             return logits
         if guide is None:
@@ -109,7 +124,7 @@ class HeadTrimmer(nn.Module):
         self.init_logit = init_logit
         self.norm = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, bottleneck)
-        self.fc2 = nn.Linear(bottleneck, heads)
+        self.fc2 = LogitLinear(bottleneck, heads)
         self.reset()
 
     @torch.no_grad()
@@ -121,7 +136,7 @@ class HeadTrimmer(nn.Module):
     def forward(self, first: Tensor, other: Tensor | None = None) -> Tensor:
         """first (B, D), other (B, Dg) or None -> (B, H) float32."""
         joined = first if other is None else torch.cat([first, other.to(first.dtype)], dim=-1)
-        return self.fc2(F.gelu(self.fc1(self.norm(joined)))).float()
+        return self.fc2(F.gelu(self.fc1(self.norm(joined))))
 
 
 def _reset_mlp(fc1: nn.Linear, fc2: nn.Linear, init_logit: float) -> None:

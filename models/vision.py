@@ -26,6 +26,7 @@ from models.attention import Attention
 from models.config import VisionConfig
 from models.layers import FeedForward, Recorder, ViTBlock, run_block
 from models.outputs import Capture, EncoderOutput
+from models.packing import masked_mean
 from models.streams import TokenStream
 from models.trim_config import TrimmingConfig
 from models.trim_pass import ImagePass, vision_trimmers
@@ -272,20 +273,13 @@ class VisionEncoder(nn.Module):
         elif self.pool is not None:
             first = self.pool(patches, visible)
         else:
-            first = _mean(patches, visible)
+            first = patches.mean(1) if visible is None else masked_mean(patches, visible)
+            first = first[:, None]
         if config.final_norm == "pooled":
             first = self.norm(first)
         if visible is not None:
             visible = torch.cat([visible.new_ones(len(visible), 1), visible], dim=1)
         return torch.cat([first, patches], dim=1), visible
-
-
-def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, N, D) -> (B, 1, D), over the tokens that mask (B, N) shows."""
-    if mask is None:
-        return x.mean(dim=1, keepdim=True)
-    weight = mask.unsqueeze(-1).to(x.dtype)
-    return (x * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def _normal(linear: nn.Module, std: float) -> None:
