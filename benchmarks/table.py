@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -199,17 +199,22 @@ def identities(cells: Sequence[Cell]) -> dict[str, str]:
 # -- doing it --------------------------------------------------------------------------------------
 
 
-def prepare(work: Path, scenes: Sequence[int]) -> None:
-    """Data of all tasks without the teachers' scenes, and the students' first weights, once."""
-    from models import from_pretrained, presets
-    from models.initialise import student_from_teacher
-
+def prepare_data(work: Path, scenes: Sequence[int]) -> None:
+    """Data of all tasks without the teachers' scenes, once."""
     if not (work / "data" / "dataset.json").is_file():
         train, val, test = scenes
         argv = [sys.executable, "-m", "train.main", "data", "blocksworld", "--out", work / "data"]
         argv += ["--scenes", train, "--val", val, "--test", test, *DATA.split()]
         argv += ["--exclude", ROOT / PRETRAINED / "scenes-train.npy"]
         subprocess.run([str(part) for part in argv], check=True, cwd=ROOT)
+
+
+def prepare(work: Path, scenes: Sequence[int]) -> None:
+    """Data, and the students' first weights, once."""
+    from models import from_pretrained, presets
+    from models.initialise import student_from_teacher
+
+    prepare_data(work, scenes)
     if not (work / "first" / "config.json").is_file():
         teacher = from_pretrained(ROOT / PRETRAINED)
         text = {"vocab_size": teacher.config.text.vocab_size}
@@ -226,29 +231,32 @@ def batch_options(task: str) -> tuple[int, int]:
 
 def score(cell: Cell, work: Path, limit: int, gallery: int) -> Any:
     """The cell's `Items` on the test split."""
+    from models import from_pretrained
+
+    assert cell.task is not None
+    return score_model(from_pretrained(ROOT / cell.model), cell.task, work, limit, gallery)
+
+
+def score_model(model: Any, task: str, work: Path, limit: int, gallery: int) -> Any:
+    """A model's `Items` on the test split of a task."""
     from data_pipeline.loader import build_loader
     from data_pipeline.text import load_tokenizer
-    from models import from_pretrained
     from train.evaluation.captioning import CaptionWriter
     from train.evaluation.items import model_items
     from train.evaluation.vqa import AnswerList
 
-    assert cell.task is not None
-    model, tokenizer = (
-        from_pretrained(ROOT / cell.model),
-        load_tokenizer(work / "data" / "tokenizer"),
-    )
-    where, (batch, tokens) = work / "data" / cell.task / "test", batch_options(cell.task)
+    tokenizer = load_tokenizer(work / "data" / "tokenizer")
+    where, (batch, tokens) = work / "data" / task / "test", batch_options(task)
     loader = build_loader(
-        cell.task, where, tokenizer=tokenizer, batch=batch, train=False, limit=limit,
+        task, where, tokenizer=tokenizer, batch=batch, train=False, limit=limit,
         image_size=model.config.vision.image_size, patch_size=model.config.vision.patch_size,
         max_tokens=tokens,
     )  # fmt: skip
-    answers = AnswerList.load(where, tokenizer) if cell.task == "vqa" else None
+    answers = AnswerList.load(where, tokenizer) if task == "vqa" else None
     return model_items(
-        model, cell.task, iter(loader), answers=answers,
+        model, task, iter(loader), answers=answers,
         writer=CaptionWriter(tokenizer, beams=3, max_length=tokens),
-        top_k=TOP_K.get(cell.task, 128), gallery=gallery,
+        top_k=TOP_K.get(task, 128), gallery=gallery,
     )  # fmt: skip
 
 
@@ -331,14 +339,24 @@ def hours(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min"
 
 
-def run_all(cells: Sequence[Cell], names: Mapping[str, str], args: argparse.Namespace) -> int:
+def run_all(
+    cells: Sequence[Cell],
+    names: Mapping[str, str],
+    args: argparse.Namespace,
+    run: Callable[..., int] | None = None,
+    write: Callable[..., None] | None = None,
+) -> int:
     """Every cell that is not finished, until the time is up.
+
+    Args:
+        run, write: in place of `run_cell` and `table_page.write_results`.
 
     Returns:
         0; 1 when the training of a cell failed; 75 (or that of the signal) when stopped.
     """
     from table_page import write_results
 
+    run, write = run or run_cell, write or write_results
     began, failed = time.monotonic(), set[str]()
     for number, cell in enumerate(cells, 1):
         if finished(cell, args.work, names[cell.name]):
@@ -361,14 +379,14 @@ def run_all(cells: Sequence[Cell], names: Mapping[str, str], args: argparse.Name
             f"== {cell.name}: about {hours(next_)}; all that is left: {hours(sum(left) * factor)}",
             flush=True,
         )
-        code = run_cell(cell, args.work, names[cell.name], f"[{number}/{len(cells)}]", args)
+        code = run(cell, args.work, names[cell.name], f"[{number}/{len(cells)}]", args)
         if code == _STOPPED or code < 0:
             return code if code > 0 else 128 - code
         if code:  # others may still run: this is left alone for a night
             failed.add(cell.name)
             continue
-        write_results(cells, names, args)
-    write_results(cells, names, args)
+        write(cells, names, args)
+    write(cells, names, args)
     return 1 if failed else 0
 
 
