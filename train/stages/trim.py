@@ -153,6 +153,7 @@ def finish_trimming(
         results["full" if mode == "off" else "trimmed"] = evaluate(model, task, batches)
     kept = measure(model, task.base, _valid(batches))
     config = model.config
+    assert config.trimming is not None  # the run added it
     trimming = keep_counts(
         config.trimming, kept, task.trim, config.text.text_layers, config.vision.patches
     )
