@@ -88,7 +88,12 @@ step distill_384_compiled "${distill[@]}" --batch 64 --image-size 384 "${compile
 step model_step "$python" benchmarks/model_step.py --variants plain ours checkpointed compiled --json "$results/model_step-$gpu.json"
 # Goal: >= 1.5x at 60 % of the gates closed.
 step prune_step "$python" benchmarks/prune_step.py --json "$results/prune_step-$gpu.json"
+# Goals: trimming alone >= 1.8x the student at half its MACs in batch; pruned and trimmed >= 5x the teacher.
+step trim_speed "$python" benchmarks/trim_speed.py --device cuda --dtype bf16 --batch 1 8 32 128 --rounds 20 \
+  --json "$results/trim_speed-$gpu.json"
 step fused_qkv "$python" benchmarks/fused_qkv.py --json "$results/fused_qkv-$gpu.json"
+# Accuracy does not depend on the device: it trains on the CPU, resumes, and takes hours.
+step trimming "$python" benchmarks/trimming.py --tasks vqa,retrieval --seeds 3 --budgets 0.75 0.5 0.35 --max-hours 3
 step pretrain_kd_gain "$python" benchmarks/pretrain_kd_gain.py --steps 300 --seeds 0 1 2 \
   --json "$results/pretrain_kd_gain-$gpu.json"
 
