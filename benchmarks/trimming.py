@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 BUDGETS = (0.5, 0.35)
 FIXED = ("random", "evit", "evit-fused", "tome", "resolution")  # of the model that was trimmed
 TRAINED = ("uniform", "random-trained")  # of the weights that trimming has trained
-STEPS, STEP_SECONDS = 500, 1.0
+STEPS, STEP_SECONDS = 300, 1.0
 MACS_ROWS, ONE_BY_ONE, BATCH = 48, 8, 32  # rows of counted passes and of latency
 REPEATS = {1: 15, BATCH: 15}
 PROBES, CROWD, SHUFFLED_PICTURES = 400, 400, 300
