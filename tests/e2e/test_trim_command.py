@@ -103,6 +103,17 @@ def test_trim_of_a_task_from_the_command_to_the_answer(
     assert main(argv) == 0
     assert json.loads(capsys.readouterr().out)
 
+    if task not in ("vqa", "nlvr2"):
+        return
+    modes = tmp_path / "modes.json"
+    argv = ["bench", str(out / "model"), "--modes", "--data", str(world / "data"), "--batch", "1,2"]
+    argv += ["--repeats", "2", "--answers", "4", "--json", str(modes), "--write-mode", "2"]
+    assert main(argv) == 0
+    found = json.loads(modes.read_text())
+    assert found["inputs"].endswith(f"data/{task}") and found["modes"][0] == "off"
+    trimming = from_pretrained(out / "model").config.trimming
+    assert trimming is not None and trimming.mode == found["best"]["2"]
+
 
 def test_a_run_goes_on_in_the_middle_of_the_curriculum(world: Path, tmp_path: Path) -> None:
     whole, again = tmp_path / "a" / "run", tmp_path / "b" / "run"

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from train.evaluation.predictor import Predictor
+    from train.evaluation.workload import Workload
 
 __all__ = ["add_parsers", "run"]
 
 _EXAMPLES = {
     "eval": "espalier eval runs/demo/pruned --task vqa --data data/blocksworld --json accuracy.json",
-    "bench": "espalier bench TEACHER STUDENT PRUNED --batch 1,8,32,128 --json latency.json",
+    "bench": "espalier bench TEACHER STUDENT PRUNED --batch 1,8,32,128 --json latency.json; espalier "
+    "bench TRIMMED --modes --data data/blocksworld --write-mode 1",
     "predict": (
         "espalier predict runs/demo/pruned --task vqa --image photo.png --text 'how many circles "
         "are there?'"
@@ -60,6 +62,31 @@ def _captions(parser: argparse.ArgumentParser) -> None:
         "--spice",
         action="store_true",
         help="SPICE too; needs Stanford CoreNLP beside pycocoevalcap",
+    )
+
+
+def _modes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("modes of one trimmed model (docs/trimming.md)")
+    group.add_argument(
+        "--modes", action="store_true", help="time the modes of a trimmed model against each other"
+    )
+    group.add_argument(
+        "--data", type=Path, default=None, help="data folder for real inputs; default: random ones"
+    )
+    group.add_argument("--split", default="val", help="of --data")
+    group.add_argument(
+        "--steps",
+        type=int,
+        metavar="BATCH",
+        default=None,
+        help="first move the counts of mode bucket to the ends of the latency's steps at this batch",
+    )
+    group.add_argument(
+        "--write-mode",
+        type=int,
+        metavar="BATCH",
+        default=None,
+        help="store the fastest mode at this batch (one of --batch) in the model's config.json",
     )
 
 
@@ -119,6 +146,7 @@ def add_parsers(subparsers: Any) -> None:
         "--answers", type=int, default=128, help="length of the synthetic answer list"
     )
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers here")
+    _modes(parser)
     _shared(parser)
 
     parser = new("predict", "What a model says of a picture: answer, caption, match, truth or box.")
@@ -212,6 +240,11 @@ def _bench(args: argparse.Namespace) -> int:
     from train.evaluation.bench import bench, table
     from train.evaluation.workload import Workload
 
+    if args.repeats < 2:
+        raise ValueError(f"--repeats {args.repeats}: at least 2 are needed for quartiles")
+    work = Workload(args.text_tokens, args.answers, args.top_k, args.beams, args.max_length)
+    if args.modes:
+        return _bench_modes(args, work)
     names = (
         args.names.split(",") if args.names else [folder.resolve().name for folder in args.models]
     )
@@ -220,9 +253,9 @@ def _bench(args: argparse.Namespace) -> int:
             f"{len(args.models)} models need as many different names, got {', '.join(names)}; use "
             "--names A,B"
         )
-    if args.repeats < 2:
-        raise ValueError(f"--repeats {args.repeats}: at least 2 are needed for quartiles")
-    work = Workload(args.text_tokens, args.answers, args.top_k, args.beams, args.max_length)
+    for option in ("data", "steps", "write_mode"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} belongs to --modes")
     result = bench(
         dict(zip(names, args.models, strict=True)),
         args.batch,
@@ -236,6 +269,43 @@ def _bench(args: argparse.Namespace) -> int:
     )
     _write(args.json, result)
     print(table(result))
+    return 0
+
+
+def _bench_modes(args: argparse.Namespace, work: Workload) -> int:
+    from train.evaluation.trim_bench import bench_modes, mode_table, write_mode
+    from train.evaluation.trim_steps import round_counts
+
+    if len(args.models) != 1:
+        raise ValueError(f"--modes compares those of one model, not of {len(args.models)}")
+    if args.write_mode is not None and args.write_mode not in args.batch:
+        raise ValueError(f"--write-mode {args.write_mode}: is not timed, add it to --batch")
+    (folder,) = args.models
+    steps = None
+    if args.steps is not None:
+        steps = round_counts(folder, args.steps, repeats=args.repeats, device=args.device,
+                             dtype=args.dtype, threads=args.threads)  # fmt: skip
+        print(f"counts of bucket {steps['before']} moved to {steps['after']}, in {folder}")
+    result = bench_modes(
+        folder,
+        args.batch,
+        work,
+        data=args.data,
+        split=args.split,
+        repeats=args.repeats,
+        warm_up=args.warm_up,
+        threads=args.threads,
+        device=args.device,
+        dtype=args.dtype,
+    )
+    _write(args.json, result if steps is None else result | {"steps": steps})
+    print(mode_table(result))
+    if args.write_mode is not None:
+        size = str(args.write_mode)
+        if size not in result["best"]:
+            raise ValueError(f"--write-mode {size}: that batch does not fit into the memory")
+        write_mode(folder, result["best"][size])
+        print(f"{folder}/config.json: mode {result['best'][size]}")
     return 0
 
 

@@ -8,9 +8,9 @@ model says so; here all of them have their full length, so that models do the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,11 @@ from models.generation import GenerationSettings, generate
 from train.evaluation.vqa import AnswerList, rank_states
 
 if TYPE_CHECKING:
+    from models.config import ModelConfig
+    from models.outputs import EncoderOutput
     from models.xvlm import XVLM
 
-__all__ = ["PARTS", "PROMPT_TOKENS", "WHOLE", "Workload", "calls_of"]
+__all__ = ["PARTS", "PROMPT_TOKENS", "WHOLE", "Inputs", "Workload", "calls_of"]
 
 WHOLE = "whole"
 PARTS = ("vision", "text", "fusion", "decoder")
@@ -54,19 +56,25 @@ class Workload:
         return AnswerList(strings, ids, torch.ones_like(ids, dtype=torch.bool))
 
 
-def calls_of(model: XVLM, batch: int, work: Workload, device: torch.device) -> dict[str, Call]:
+def calls_of(
+    model: XVLM, batch: int, work: Workload, device: torch.device, inputs: Inputs | None = None
+) -> dict[str, Call]:
     """WHOLE and the parts that the model's form has: name -> a call that does it once.
 
     Every call ends with a value on the host, so that a queue on an accelerator is not mistaken for
-    an answer. Run them in eval and inference mode.
+    an answer. Run them in eval and inference mode. Trimmers run in the mode that the model is in;
+    parts start from what the parts before them make in that mode now.
+
+    Args:
+        inputs: what to work on; None: `batch` random rows.
 
     Raises:
         ValueError: the model reads fewer tokens than asked for.
     """
-    inputs = _Inputs(model, batch, work, device)
-    made = (
-        _captioning(model, inputs) if model.config.form == "captioning" else _paired(model, inputs)
-    )
+    if inputs is None:
+        inputs = Inputs.random(model.config, batch, work, device)
+    captions = model.config.form == "captioning"
+    made = (_captioning if captions else _paired)(model, inputs, work)
 
     def ended(call: Callable[[], Tensor]) -> Call:
         return lambda: call().flatten()[:1].tolist()
@@ -74,11 +82,27 @@ def calls_of(model: XVLM, batch: int, work: Workload, device: torch.device) -> d
     return {name: ended(call) for name, call in made.items()}
 
 
-class _Inputs:
-    """Random pictures and texts, and what the encoders make of them, which parts start from."""
+@dataclass(frozen=True)
+class Inputs:
+    """Rows to work on, each with pictures of its own.
 
-    def __init__(self, model: XVLM, batch: int, work: Workload, device: torch.device) -> None:
-        config = model.config
+    Attributes:
+        images: (B, 3, S, S) uint8; of two pictures a text (2 B, ...), all left ones first.
+        ids, mask: (B, L) int64 and bool.   prompt: (B, Lp) int64, how captions begin.
+        answers: the list that is ranked.
+    """
+
+    images: Tensor
+    ids: Tensor
+    mask: Tensor
+    prompt: Tensor
+    answers: AnswerList
+
+    @classmethod
+    def random(
+        cls, config: ModelConfig, batch: int, work: Workload, device: torch.device
+    ) -> Inputs:
+        """Raises ValueError when the model reads fewer tokens than asked for."""
         needed = work.caption_tokens if config.form == "captioning" else work.text_tokens
         if needed > config.text.max_positions:
             raise ValueError(
@@ -86,25 +110,57 @@ class _Inputs:
                 "lower --text-tokens or --max-length"
             )
         random = torch.Generator().manual_seed(0)
-        side, self.work = config.vision.image_size, work
+        side = config.vision.image_size
         number = 2 if config.form in PAIRED else 1
         shape = (number * batch, 3, side, side)
-        self.images = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8).to(device)
+        images = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
         # Tokens 0 and 1 may be special to somebody; the first one is [CLS] in spirit.
-        tokens = torch.randint(
-            2, config.text.vocab_size, (batch, work.text_tokens), generator=random
+        ids = torch.randint(2, config.text.vocab_size, (batch, work.text_tokens), generator=random)
+        ids = ids.to(device)
+        return cls(
+            images.to(device),
+            ids,
+            torch.ones_like(ids, dtype=torch.bool),
+            ids[:, :1].expand(-1, PROMPT_TOKENS).contiguous(),
+            work.answer_list(config.text.vocab_size, device),
         )
-        self.ids = tokens.to(device)
-        self.mask = torch.ones_like(self.ids, dtype=torch.bool)
-        self.prompt = self.ids[:, :1].expand(-1, PROMPT_TOKENS).contiguous()
-        self.answers = work.answer_list(config.text.vocab_size, device)
-        self.number = number
+
+    @classmethod
+    def of_batch(
+        cls, found: Any, rows: Sequence[int], config: ModelConfig, work: Workload,
+        device: torch.device,
+    ) -> Inputs:  # fmt: skip
+        """Some rows of a loader's batch, without the padding that none of them needs."""
+        asked = hasattr(found, "question_ids")
+        ids, mask = (
+            (found.question_ids, found.question_mask)
+            if asked
+            else (found.text_ids, found.text_mask)
+        )
+        chosen = torch.tensor(list(rows))
+        length = int(mask[chosen].sum(1).max())
+        places = [found.image_index[chosen]]
+        if config.form in PAIRED:
+            places.append(found.second_index[chosen])
+        prompt = found.prompt if config.form == "captioning" else ids[:, :PROMPT_TOKENS]
+        return cls(
+            found.images[torch.cat(places)].to(device),
+            ids[chosen, :length].to(device),
+            mask[chosen, :length].to(device),
+            prompt[chosen].to(device),
+            work.answer_list(config.text.vocab_size, device),
+        )
+
+    @property
+    def number(self) -> int:
+        """Pictures of a row."""
+        return len(self.images) // len(self.ids)
 
 
-def _paired(model: XVLM, inputs: _Inputs) -> dict[str, Callable[[], Tensor]]:
+def _paired(model: XVLM, inputs: Inputs, work: Workload) -> dict[str, Callable[[], Tensor]]:
     """Forms with text layers, fusion layers and heads or an answer decoder."""
     heads = HEADS[model.config.form]
-    ids, mask, work = inputs.ids, inputs.mask, inputs.work
+    ids, mask = inputs.ids, inputs.mask
     results = {
         "itm_head": model.match_logits,
         "bbox_head": model.predict_box,
@@ -114,56 +170,71 @@ def _paired(model: XVLM, inputs: _Inputs) -> dict[str, Callable[[], Tensor]]:
     # Pre-training has two heads on the fused text; retrieval is what its model does unchanged.
     result = next((results[name] for name in heads if name in results), None)
 
-    def vision() -> Tensor:
-        states = model.encode_image(inputs.images).last
-        if "image_projection" in heads:
-            model.image_feature(states)
-        return states
-
-    def text() -> Tensor:
-        states = model.encode_text(ids, mask).last
+    def text() -> EncoderOutput:
+        output = model.encode_text(ids, mask)
         if "text_projection" in heads:
-            model.text_feature(states)
-        return states
+            model.text_feature(output.last)
+        return output
 
-    def fusion(words: Tensor, pictures: Tensor) -> Tensor:
-        images = pictures.chunk(2) if inputs.number == 2 else pictures
-        fused = model.fuse(words, mask, images).last
-        return fused if result is None else result(fused)
+    def vision(words: EncoderOutput) -> EncoderOutput:
+        guide = words.last[:, 0].repeat(inputs.number, 1) if model.guided else None
+        output = model.encode_image(inputs.images, guide=guide)
+        if "image_projection" in heads:
+            model.image_feature(output.last)
+        return output
 
-    def decoder(states: Tensor) -> Tensor:
+    def fusion(words: EncoderOutput, pictures: EncoderOutput) -> EncoderOutput:
+        seen = mask if words.mask is None else words.mask
+        if inputs.number == 1:
+            return model.fuse(words.last, seen, pictures.last, pictures.mask)
+        masks = (None, None) if pictures.mask is None else pictures.mask.chunk(2)
+        return model.fuse(words.last, seen, pictures.last.chunk(2), masks)
+
+    def judged(fused: EncoderOutput) -> Tensor:
+        return fused.last if result is None else result(fused.last)
+
+    def decoder(fused: EncoderOutput) -> Tensor:
         # Two streams hand over pooled tokens, all of which are there.
-        seen = mask if model.image_fusion is None else mask.new_ones(states.shape[:2])
-        return rank_states(model, states, seen, inputs.answers, work.top_k)
+        full = mask if model.image_fusion is None else mask.new_ones(fused.last.shape[:2])
+        seen = full if fused.mask is None else fused.mask
+        return rank_states(model, fused.last, seen, inputs.answers, work.top_k)
+
+    def whole() -> EncoderOutput:
+        words = text()
+        return fusion(words, vision(words))
 
     with torch.inference_mode():
-        words, pictures = text(), vision()
+        words = text()
+        pictures = vision(words)
         fused = fusion(words, pictures)
     parts: dict[str, Callable[[], Tensor]] = {
-        "vision": vision,
-        "text": text,
-        "fusion": lambda: fusion(words, pictures),
+        "vision": lambda: vision(words).last,
+        "text": lambda: text().last,
+        "fusion": lambda: judged(fusion(words, pictures)),
     }
     if "decoder" not in heads:
-        return {WHOLE: lambda: fusion(text(), vision()), **parts}
-    whole = {WHOLE: lambda: decoder(fusion(text(), vision()))}
-    return {**whole, **parts, "decoder": lambda: decoder(fused)}
+        return {WHOLE: lambda: judged(whole()), **parts}
+    return {WHOLE: lambda: decoder(whole()), **parts, "decoder": lambda: decoder(fused)}
 
 
-def _captioning(model: XVLM, inputs: _Inputs) -> dict[str, Callable[[], Tensor]]:
+def _captioning(model: XVLM, inputs: Inputs, work: Workload) -> dict[str, Callable[[], Tensor]]:
     """The text encoder is the decoder; every caption is written to its full length."""
-    work = inputs.work
     settings = GenerationSettings(
         end_id=1, pad_id=0, beams=work.beams, max_length=work.caption_tokens,
         min_length=work.caption_tokens,
     )  # fmt: skip
 
-    def vision() -> Tensor:
-        return model.encode_image(inputs.images).last
+    def vision() -> EncoderOutput:
+        guide = model.encode_text(inputs.prompt, None).last[:, 0] if model.guided else None
+        return model.encode_image(inputs.images, guide=guide)
 
-    def decoder(states: Tensor) -> Tensor:
-        return generate(model, inputs.prompt, states, settings=settings).ids
+    def decoder(states: EncoderOutput) -> Tensor:
+        return generate(model, inputs.prompt, states.last, states.mask, settings=settings).ids
 
     with torch.inference_mode():
         states = vision()
-    return {WHOLE: lambda: decoder(vision()), "vision": vision, "decoder": lambda: decoder(states)}
+    return {
+        WHOLE: lambda: decoder(vision()),
+        "vision": lambda: vision().last,
+        "decoder": lambda: decoder(states),
+    }
