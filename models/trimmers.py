@@ -35,7 +35,8 @@ class LogitLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         device = input.device.type
-        if torch.is_autocast_enabled(device):  # asked, for exported graphs should have no regions
+        # Asked, for exported graphs should have no regions; and of "meta" it cannot be asked.
+        if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return self.forward(input)
         return F.linear(input.float(), self.weight.float(), self.bias.float())
