@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def load_asked(
         image_size=image_size, max_tokens=max_tokens,
     )  # fmt: skip
     found, seen = [], set[str]()
-    for batch in loader:
+    for batch in cast(Iterable[Any], loader):
         vqa = task == "vqa"
         ids, mask = (
             (batch.question_ids, batch.question_mask) if vqa else (batch.text_ids, batch.text_mask)

@@ -17,7 +17,7 @@ from models.trimming import baselines, with_trimming
 from models.trimming.baselines import ClassAttention, Merging, Tokens
 from models.xvlm import XVLM
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-4}
 STEPPED = ("evit", "evit-fused", "tome")
 
 
@@ -171,6 +171,9 @@ def test_random_keeps_its_counts_of_every_picture_and_another_choice_each():
     same = baselines.apply(made, "random", keep=(8, 3), sites=(0, 2), seed=5)
     repeated = same.encode_image(images).trimming
     assert repeated is not None and torch.equal(repeated.sites[0].keep(), first)
+    other = baselines.apply(made, "random", keep=(8, 3), sites=(0, 2), seed=6)
+    unlike = other.encode_image(images).trimming
+    assert unlike is not None and not torch.equal(unlike.sites[0].keep(), first)
 
 
 @torch.no_grad()
