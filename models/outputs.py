@@ -6,11 +6,14 @@ Shape legend: B rows, N tokens, D width, H heads, d head size.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from torch import Tensor
 
 __all__ = ["AttentionTrace", "Capture", "EncoderOutput", "TrimRecord", "TrimSite"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,17 @@ class Capture:
     ) -> Capture:
         """A capture from any iterables of indices."""
         return cls(frozenset(hidden), frozenset(attention), frozenset(cross_attention))
+
+    def below(self, layer: int) -> Capture:
+        """What is wanted of a pass that ends in front of `layer`."""
+        hidden = (i for i in self.hidden if i <= layer)
+        traces = self.attention, self.cross_attention
+        return Capture.of(hidden, *((i for i in wanted if i < layer) for wanted in traces))
+
+    def above(self, layer: int) -> Capture:
+        """What is wanted of a pass that begins with `layer`, counted from it."""
+        sets = self.hidden, self.attention, self.cross_attention
+        return Capture.of(*((i - layer for i in wanted if i >= layer) for wanted in sets))
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,7 @@ class TrimRecord:
         heads, cross_heads: layer -> (B, H) float32 of 0 and 1, for layers with a head trimmer.
         tokens: layer -> (B,) float32 tokens it worked on, padding not counted.
         context_tokens: layer -> (B,) image tokens that its cross-attention read.
+        places: (B, n), where the stack's own tokens that are left lay at the start; None: as then.
     Rows are images in a vision pass (or texts, where they were encoded for each text), else texts.
     """
 
@@ -113,6 +128,34 @@ class TrimRecord:
     cross_heads: dict[int, Tensor] = field(default_factory=dict)
     tokens: dict[int, Tensor] = field(default_factory=dict)
     context_tokens: dict[int, Tensor] = field(default_factory=dict)
+    places: Tensor | None = None
+
+    def join(self, above: TrimRecord) -> TrimRecord:
+        """The record of this pass of a text stack and of the one above it, as of one pass."""
+        sites = self.sites | {layer: self._from_start(site) for layer, site in above.sites.items()}
+        return TrimRecord(
+            sites,
+            self.context_sites | above.context_sites,
+            self.heads | above.heads,
+            self.cross_heads | above.cross_heads,
+            self.tokens | above.tokens,
+            self.context_tokens | above.context_tokens,
+            self._through(above.places, len(next(iter(above.tokens.values())))),
+        )
+
+    def _through(self, places: Tensor | None, rows: int) -> Tensor | None:
+        """Places among the tokens that this pass left -> among those that it began with."""
+        if self.places is None:
+            return places
+        start = self.places.repeat(rows // len(self.places), 1)  # texts of two images come twice
+        return start if places is None else start.gather(1, places)
+
+    def _from_start(self, site: TrimSite) -> TrimSite:
+        if self.places is None:
+            return site
+        tokens = next(iter(self.sites.values())).tokens  # who moves tokens has sites
+        places = self._through(site.places, len(site.logits))
+        return replace(site, places=places, tokens=tokens)
 
 
 @dataclass
@@ -131,6 +174,7 @@ class EncoderOutput:
             the traces are those above) and the image stream's. `last` is then what heads and the
             answer decoder read, the pooled first tokens of both (`models.two_stream`).
         per_text: rows are texts, each with its own copy of the image (see `XVLM.encode_image`).
+        guide: of an image pass by `models.trimming.see`: the text pass that guided it.
     Indices count from the first layer of the pass that ran (a fusion pass starts at 0).
     """
 
@@ -142,6 +186,7 @@ class EncoderOutput:
     trimming: TrimRecord | None = None
     per_text: bool = False
     streams: tuple[EncoderOutput, EncoderOutput] | None = None
+    guide: EncoderOutput | None = None
 
     @property
     def words(self) -> Tensor:
@@ -157,3 +202,36 @@ class EncoderOutput:
         if self.per_text:
             return self.last, self.mask
         return self.last[index], None if self.mask is None else self.mask[index]
+
+    def check(self, capture: Capture) -> None:
+        """Raises ValueError when something that `capture` asks of text layers was not recorded."""
+        for name in ("hidden", "attention"):
+            missing = getattr(capture, name) - getattr(self, name).keys()
+            if missing:
+                raise ValueError(
+                    f"the text pass recorded no {name} of {sorted(missing)}: encode the text with "
+                    "the capture of the whole pass, Capture.below(text_layers)"
+                )
+
+    def join(self, above: EncoderOutput, layers: int) -> EncoderOutput:
+        """This pass through `layers` layers of text and the fusion pass above it, as one pass."""
+
+        def both(lower: dict[int, T], upper: dict[int, T]) -> dict[int, T]:
+            """Of the state between the passes, what the lower one says."""
+            return {index + layers: value for index, value in upper.items()} | lower
+
+        record, streams = above.trimming, above.streams
+        if record is not None and self.trimming is not None:
+            record = self.trimming.join(record)
+        if streams is not None:
+            words, image = streams
+            streams = self.join(words, layers), EncoderOutput(image.last).join(image, layers)
+        return EncoderOutput(
+            above.last,
+            both(self.hidden, above.hidden),
+            both(self.attention, above.attention),
+            both(self.cross_attention, above.cross_attention),
+            above.mask,
+            record,
+            streams=streams,
+        )

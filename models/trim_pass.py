@@ -189,6 +189,7 @@ class TextPass:
         if str(number) in self.trimmers.tokens:
             guide = None if turn is None else self._image_first(turn, len(x))
             x, self.record.sites[number] = self.stream.trim(x, self.trimmers, number, guide)
+            self.record.places = self.stream.places
         self.record.tokens[number] = self.stream.count(x)
         return x
 

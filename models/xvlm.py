@@ -178,8 +178,24 @@ class XVLM(nn.Module):
         image_states: Images,
         image_mask: ImageMasks = None,
         capture: Capture = _NOTHING,
+        text: EncoderOutput | None = None,
     ) -> EncoderOutput:
-        """Text layers then fusion layers, images as for `fuse`; indices count through both."""
+        """Text layers then fusion layers, images as for `fuse`; indices count through both.
+
+        Args:
+            text: `encode_text` of the same ids and mask (with `capture.below(text_layers)`), where
+                it ran to guide the image pass: its layers then do not run again.
+
+        Raises:
+            ValueError: when `text` lacks what `capture` asks of its layers.
+        """
+        if text is not None:
+            first = self.config.text.text_layers
+            text.check(capture.below(first))
+            above = capture.above(first)
+            return text.join(
+                self.fuse(text.last, text.mask, image_states, image_mask, above), first
+            )
         run = self._compiled.get("multimodal", self._fusion.multimodal)
         return run(ids, mask, image_states, image_mask, capture)
 

@@ -92,7 +92,7 @@ def expected_macs(
 
     Args:
         image: of `encode_image`.
-        text: of `encode_text`, when it ran.
+        text: of `encode_text`, when it ran; part of `fused` already where that continued it.
         fused: of `fuse`, `multimodal` or `decode` (captions).
         answer_tokens: decoder inputs of an answer, whose decoder reads `fused` (form "vqa").
 
@@ -104,6 +104,8 @@ def expected_macs(
     if image is not None:
         parts["vision"] = _vision(config, image)
         dense["vision"] = float(vision_macs(config) * _images(config))
+    if text is not None and _within(text, fused):
+        text = None
     for output in (text, fused):
         if output is None:
             continue
@@ -146,6 +148,14 @@ def _record(output: EncoderOutput) -> TrimRecord:
             'a pass without trimmers has no expected cost: set_trimming("mask"), or use dense_macs'
         )
     return output.trimming
+
+
+def _within(text: EncoderOutput, fused: EncoderOutput | None) -> bool:
+    """Whether `fused` is the pass that continued `text` (`multimodal(..., text=text)`)."""
+    if fused is None:
+        return False
+    counts = _record(fused).tokens
+    return any(counts.get(layer) is count for layer, count in _record(text).tokens.items())
 
 
 def _as_rows(macs: Count, like: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from data_pipeline.text import TextEncoder, load_tokenizer
 from data_pipeline.transforms import resize
 from models import from_pretrained
 from models.generation import GenerationSettings, generate
+from models.outputs import EncoderOutput
 from models.trimming import see
 from train.evaluation.vqa import AnswerList, rank_states
 
@@ -110,7 +111,8 @@ class Predictor:
         answers = self._answer_list()
         with torch.inference_mode():
             ids, mask = self._text(question)
-            asked = self.model.multimodal(ids, mask, *self._states(ids, mask, image)[0])
+            guide, (context,) = self._states(ids, mask, image)
+            asked = self.model.multimodal(ids, mask, *context, text=guide)
             left = mask if asked.mask is None else asked.mask
             best = rank_states(self.model, asked.last, left, answers, self.top_k)
         return answers.strings[int(best[0])]
@@ -130,7 +132,7 @@ class Predictor:
         )
         with torch.inference_mode():
             ids = torch.tensor([start], device=self.device)
-            ((states, seen),) = self._states(ids, None, image)
+            _, ((states, seen),) = self._states(ids, None, image)
             found = generate(self.model, ids, states, seen, settings=settings)
         tokens = found.ids[0, len(start) : int(found.lengths[0])].tolist()
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
@@ -141,7 +143,7 @@ class Predictor:
         model = self.model
         with torch.inference_mode():
             ids, mask = self._text(text)
-            ((states, seen),) = self._states(ids, mask, image)
+            _, ((states, seen),) = self._states(ids, mask, image)
             words = model.encode_text(ids, mask).last
             similarity = (model.image_feature(states) * model.text_feature(words)).sum()
             logits = model.match_logits(model.fuse(words, mask, states, seen).last)
@@ -152,8 +154,10 @@ class Predictor:
         self._need("nlvr2")
         with torch.inference_mode():
             ids, mask = self._text(statement)
-            states, seen = zip(*self._states(ids, mask, first, second), strict=True)
-            logits = self.model.truth_logits(self.model.multimodal(ids, mask, states, seen).last)
+            guide, contexts = self._states(ids, mask, first, second)
+            states, seen = zip(*contexts, strict=True)
+            fused = self.model.multimodal(ids, mask, states, seen, text=guide)
+            logits = self.model.truth_logits(fused.last)
         probability = float(logits.float().softmax(-1)[0, 1])
         return Truth(probability > 0.5, probability)
 
@@ -163,8 +167,9 @@ class Predictor:
         picture = read_picture(image)
         with torch.inference_mode():
             ids, mask = self._text(expression)
-            fused = self.model.multimodal(ids, mask, *self._states(ids, mask, picture)[0]).last
-            cx, cy, width, height = self.model.predict_box(fused)[0].tolist()
+            guide, (context,) = self._states(ids, mask, picture)
+            fused = self.model.multimodal(ids, mask, *context, text=guide)
+            cx, cy, width, height = self.model.predict_box(fused.last)[0].tolist()
         left, right = _span(cx, width, picture.width)
         top, bottom = _span(cy, height, picture.height)
         return Box(left, top, right - left, bottom - top)
@@ -203,13 +208,15 @@ class Predictor:
 
     def _states(
         self, ids: Tensor, mask: Tensor | None, *pictures: Picture
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """States (1, P, D) of each picture, seen with a text (1, L), and what may be read of them."""
+    ) -> tuple[EncoderOutput | None, list[tuple[Tensor, Tensor | None]]]:
+        """The text pass that guided, if one did; states (1, P, D) of each picture, seen with a text
+        (1, L), and what may be read of them."""
         side = self.model.config.vision.image_size
         pixels = np.stack([resize(np.array(read_picture(p)), side, side) for p in pictures])
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device)
         indices = [torch.tensor([number], device=self.device) for number in range(len(pictures))]
-        return see(self.model, images, indices, ids, mask)[1]
+        image, contexts = see(self.model, images, indices, ids, mask)
+        return image.guide, contexts
 
 
 def _span(centre: float, size: float, pixels: int) -> tuple[float, float]:

@@ -78,9 +78,10 @@ def _rows(batch: Any, count: int) -> list[int]:
 
 def _truths(model: XVLM, batch: Nlvr2Batch, count: int) -> Made:
     indices = (batch.image_index, batch.second_index)
-    _, contexts = see(model, batch.images, indices, batch.text_ids, batch.text_mask)
+    ids, mask = batch.text_ids, batch.text_mask
+    image, contexts = see(model, batch.images, indices, ids, mask)
     states, seen = zip(*contexts, strict=True)
-    fused = model.multimodal(batch.text_ids, batch.text_mask, states, seen)
+    fused = model.multimodal(ids, mask, states, seen, text=image.guide)
     logits = model.truth_logits(fused.last)
     likely = logits.float().softmax(-1)[:, 1].tolist()
     pictures, texts = [], []
@@ -96,8 +97,8 @@ def _truths(model: XVLM, batch: Nlvr2Batch, count: int) -> Made:
 
 def _boxes(model: XVLM, batch: GroundingBatch, count: int) -> Made:
     ids, mask = batch.text_ids, batch.text_mask
-    _, (context,) = see(model, batch.images, (batch.image_index,), ids, mask)
-    boxes = model.predict_box(model.multimodal(ids, mask, *context).last)
+    image, (context,) = see(model, batch.images, (batch.image_index,), ids, mask)
+    boxes = model.predict_box(model.multimodal(ids, mask, *context, text=image.guide).last)
     overlap = box_iou(boxes, batch.boxes).tolist()
     pictures, texts = [], []
     for row in _rows(batch, count):

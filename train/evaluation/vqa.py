@@ -127,8 +127,8 @@ def rank_answers(
     Images are encoded once each, whatever the number of questions.
     """
     ids, mask = batch.question_ids, batch.question_mask
-    _, ((states, seen),) = see(model, batch.images, (batch.image_index,), ids, mask)
-    asked = model.multimodal(ids, mask, states, seen)
+    image, ((states, seen),) = see(model, batch.images, (batch.image_index,), ids, mask)
+    asked = model.multimodal(ids, mask, states, seen, text=image.guide)
     left = mask if asked.mask is None else asked.mask
     return rank_states(model, asked.last, left, answers, top_k, published)
 

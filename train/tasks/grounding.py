@@ -31,9 +31,9 @@ class GroundingTask(MultimodalTask):
         captures = self.captures(side)
         ids, mask = batch.text_ids, batch.text_mask
         image, ((states, seen),) = see(
-            model, batch.images, (batch.image_index,), ids, mask, captures[0]
+            model, batch.images, (batch.image_index,), ids, mask, *captures[:2]
         )
-        text = model.multimodal(ids, mask, states, seen, captures[1])
+        text = model.multimodal(ids, mask, states, seen, captures[1], image.guide)
         return Passes(image, text, model.predict_box(text.last))
 
     def task_terms(

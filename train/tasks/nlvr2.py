@@ -31,9 +31,9 @@ class Nlvr2Task(MultimodalTask):
         captures = self.captures(side)
         ids, mask = batch.text_ids, batch.text_mask
         indices = (batch.image_index, batch.second_index)
-        image, contexts = see(model, batch.images, indices, ids, mask, captures[0])
+        image, contexts = see(model, batch.images, indices, ids, mask, *captures[:2])
         states, seen = zip(*contexts, strict=True)
-        text = model.multimodal(ids, mask, states, seen, captures[1])
+        text = model.multimodal(ids, mask, states, seen, captures[1], image.guide)
         return Passes(image, text, model.truth_logits(text.last))
 
     def task_terms(

@@ -117,9 +117,9 @@ class VqaTask(Distils):
             )
         ids, mask = batch.question_ids, batch.question_mask
         image, ((states, seen),) = see(
-            model, batch.images, (batch.image_index,), ids, mask, captures[0]
+            model, batch.images, (batch.image_index,), ids, mask, *captures[:2]
         )
-        question = model.multimodal(ids, mask, states, seen, captures[1])
+        question = model.multimodal(ids, mask, states, seen, captures[1], image.guide)
         left = mask if question.mask is None else question.mask
         answer = model.decode(
             batch.answer_ids,

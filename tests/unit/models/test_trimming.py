@@ -14,10 +14,10 @@ from torch import Tensor
 from models import packing, presets
 from models.config import ModelConfig
 from models.generation import GenerationSettings, generate
-from models.outputs import EncoderOutput, TrimSite
+from models.outputs import Capture, EncoderOutput, TrimSite
 from models.trim_config import TrimmingConfig
 from models.trimmers import HeadTrimmer, TokenTrimmer
-from models.trimming import default_trimming, with_trimming
+from models.trimming import default_trimming, expected_macs, see, with_trimming
 from models.xvlm import XVLM
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -412,6 +412,80 @@ def test_the_guide_matters_only_with_the_cross_modal_term():
     whole = model.encode_image(batch.images[:2])
     rows = model.encode_image(batch.images[:2], guide=torch.randn(3, 32), image_index=index)
     torch.testing.assert_close(rows.last, whole.last[index])
+
+
+def text_once(model: XVLM, batch: Batch, again: bool, asked: Capture) -> EncoderOutput:
+    """A guided pass that continues its guide, or encodes the text a second time."""
+    pairs = model.config.form == "nlvr2"
+    indices = (batch.first, batch.second) if pairs else (batch.first,)
+    image, contexts = see(model, batch.images, indices, batch.ids, batch.mask, None, asked)
+    assert (image.guide is not None) == model.guided
+    guide = None if again else image.guide
+    if guide is None and not again:
+        guide = model.encode_text(batch.ids, batch.mask, asked.below(2))
+    states, seen = zip(*contexts, strict=True) if pairs else contexts[0]
+    return model.multimodal(batch.ids, batch.mask, states, seen, asked, guide)
+
+
+@pytest.mark.parametrize("mode", ["off", "mask", *MODES, "bucket"])
+@pytest.mark.parametrize("form", ["vqa", "nlvr2"])
+def test_text_that_guided_is_not_encoded_again(form, mode):
+    counts = {"vision_keep": (7, 5, 4), "fusion_keep": (4, 2), "text_keep": (5, 3, 3)}
+    model = trimmed(form, 5, **counts)
+    batch, asked = Batch(model), Capture()
+    if mode in ("off", "mask"):
+        asked = Capture.of(range(5), (1, 3), (2, 3))
+    model.set_trimming(mode)
+    ran: list[int] = []
+    for layer in (0, 2):
+        model.text.layers[layer].register_forward_hook(lambda *_, n=layer: ran.append(n))
+    with torch.no_grad():
+        joined = text_once(model, batch, False, asked)
+        assert ran == [0, 2]
+        whole = text_once(model, batch, True, asked)
+    torch.testing.assert_close(joined.last, whole.last, **CLOSE)
+    assert (joined.mask is None) == (whole.mask is None)
+    for name in ("hidden", "attention", "cross_attention"):
+        assert getattr(joined, name).keys() == getattr(whole, name).keys()
+    for index, state in whole.hidden.items():
+        torch.testing.assert_close(joined.hidden[index], state, **CLOSE)
+    if mode == "off":
+        return
+    ours, theirs = joined.trimming, whole.trimming
+    assert ours is not None and theirs is not None
+    for name in ("sites", "context_sites"):
+        found, wanted = getattr(ours, name), getattr(theirs, name)
+        assert found.keys() == wanted.keys()
+        for layer, site in wanted.items():
+            assert torch.equal(found[layer].keep(), site.keep())
+            assert found[layer].tokens == site.tokens
+    for name in ("heads", "cross_heads", "tokens", "context_tokens"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
+
+
+def test_costs_of_a_text_that_guided_are_counted_once():
+    model = trimmed()
+    batch = Batch(model)
+    ids, mask = batch.ids, batch.mask
+    with torch.no_grad():
+        image, (context,) = see(model, batch.images, (batch.first,), ids, mask)
+        once = model.multimodal(ids, mask, *context, text=image.guide)
+        twice = model.multimodal(ids, mask, *context)
+    costs = [
+        expected_macs(model.config, text=text, fused=fused).parts["text"]
+        for text, fused in ((None, once), (image.guide, once), (image.guide, twice))
+    ]
+    torch.testing.assert_close(costs[1], costs[0])
+    torch.testing.assert_close(costs[2], 2 * costs[0])
+
+
+def test_text_that_recorded_too_little_is_refused():
+    model = trimmed()
+    batch = Batch(model)
+    image, (context,) = see(model, batch.images, (batch.first,), batch.ids, batch.mask)
+    with pytest.raises(ValueError, match=r"no attention of \[1\]"):
+        asked = Capture.of(attention=(1, 2))
+        model.multimodal(batch.ids, batch.mask, *context, asked, image.guide)
 
 
 # --- training -------------------------------------------------------------------------------------

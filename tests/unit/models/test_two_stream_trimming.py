@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.outputs import Capture
 from models.trim_config import TrimmingConfig
 from models.trimmers import TokenTrimmer
-from models.trimming import default_trimming, dense_macs, expected_macs, with_trimming
+from models.trimming import default_trimming, dense_macs, expected_macs, see, with_trimming
 from models.xvlm import XVLM
 from tests.unit.models.test_trimming import Batch, agree, by_mode, decisive, image_of, run
 from tests.unit.models.test_trimming_cost import cost_of, passes
@@ -48,6 +49,37 @@ def test_buckets_equal_masking_by_count():
         model = trimmed(form, **counts)
         wanted = by_mode(model, "mask", Batch(model), fixed=True)
         agree(by_mode(model, "bucket", Batch(model)), wanted)
+
+
+@pytest.mark.parametrize("mode", ["off", "mask", *MODES])
+@pytest.mark.parametrize("form", ["vqa", "nlvr2"])
+def test_text_that_guided_is_not_encoded_again(form, mode):
+    model = trimmed(form, 5)
+    model.set_trimming(mode)
+    batch, asked = Batch(model), Capture.of(range(5), range(4), (2, 3))
+    if mode in MODES:
+        asked = Capture()
+    indices = (batch.first, batch.second) if form == "nlvr2" else (batch.first,)
+    with torch.no_grad():
+        _, contexts = see(model, batch.images, indices, batch.ids, batch.mask)
+        states, seen = zip(*contexts, strict=True)
+        text = model.encode_text(batch.ids, batch.mask, asked.below(2))
+        whole = model.multimodal(batch.ids, batch.mask, states, seen, asked)
+        joined = model.multimodal(batch.ids, batch.mask, states, seen, asked, text)
+    pairs = [(joined, whole)]
+    assert joined.streams is not None and whole.streams is not None
+    pairs += zip(joined.streams, whole.streams, strict=True)
+    for ours, theirs in pairs:
+        agree([ours.last], [theirs.last])
+        assert ours.attention.keys() == theirs.attention.keys()
+        assert ours.cross_attention.keys() == theirs.cross_attention.keys()
+        assert ours.hidden.keys() == theirs.hidden.keys()
+        for index, state in theirs.hidden.items():
+            agree([ours.hidden[index]], [state])
+    if mode != "off":
+        assert joined.trimming is not None and whole.trimming is not None
+        for layer, site in whole.trimming.sites.items():
+            assert torch.equal(joined.trimming.sites[layer].keep(), site.keep())
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -111,7 +111,7 @@ def test_the_published_score_counts_the_first_token_twice(answers) -> None:
         def encode_image(self, images, capture):
             return EncoderOutput(torch.zeros(images.shape[0], 2, 4))
 
-        def multimodal(self, ids, mask, image_states, image_mask):
+        def multimodal(self, ids, mask, image_states, image_mask, text=None):
             return EncoderOutput(torch.zeros(*ids.shape, 4), mask=mask)
 
         def decode(self, given, mask, states, state_mask):
