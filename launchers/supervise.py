@@ -103,40 +103,45 @@ def _run_once(plan: Plan, folder: Path) -> tuple[int, list[int]]:
     dying = signal.SIGUSR1 if plan.stop == "leader" else signal.SIGTERM
     environment = os.environ | job.variables(folder, plan.stop == "ranks") | plan.environment
     with ExitStack() as stack:
-        with _holding(SIGNALS):  # none may arrive between the start and the handlers
-            process = subprocess.Popen(
-                plan.argv,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=lambda: _in_child(dying),
-            )
-            stack.enter_context(_forwarding(process.pid, plan, folder, received))
-            stack.callback(end_session, process.pid)  # signals are still forwarded meanwhile
+        # Handlers first: a signal may come as soon as the command runs.
+        started = stack.enter_context(_forwarding(plan, folder, received))
+        process = subprocess.Popen(
+            plan.argv,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: _in_child(dying),
+        )
+        stack.callback(end_session, process.pid)  # signals are still forwarded meanwhile
+        started(process.pid)
         code = process.wait()
     return code, received
 
 
 def _in_child(dying: int) -> None:
     leash(dying)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the mask would be inherited
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # whoever started us may have blocked them
 
 
 @contextmanager
-def _holding(numbers: tuple[int, ...]) -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _forwarding(leader: int, plan: Plan, folder: Path, received: list[int]) -> Iterator[None]:
+def _forwarding(plan: Plan, folder: Path, received: list[int]) -> Iterator[Callable[[int], None]]:
     """First signal: every rank gets it (they save and stop). Second: the whole session is told to
     end. Third: killed.
+
+    Yields what is to be told the leader's process; signals that came before are handed on then.
     """
+    leader = 0
+    early: list[int] = []
+
+    def started(process: int) -> None:
+        nonlocal leader
+        leader = process
+        while early:
+            forward(early.pop(0), None)
 
     def forward(number: int, frame: FrameType | None) -> None:
+        if not leader:
+            early.append(number)
+            return
         received.append(number)
         if len(received) > 1:
             hard = signal.SIGTERM if len(received) == 2 else signal.SIGKILL
@@ -156,7 +161,7 @@ def _forwarding(leader: int, plan: Plan, folder: Path, received: list[int]) -> I
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
-        yield
+        yield started
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
