@@ -318,7 +318,7 @@ def _packed(
 def _times_heads(mixed: Tensor, factors: Tensor, queries: Packing | None) -> Tensor:
     """Outputs of heads, (B, H, N, d), times the factors of each row's, (B, H), or of all, (1, H)."""
     if queries is None:
-        return head_mask(mixed, factors if len(factors) == len(mixed) else factors[0])
+        return head_mask(mixed, factors if factors.shape[0] == mixed.shape[0] else factors[0])
     # Packed (1, H, T, d): every token has factors of its own, which leaves a kernel nothing to save.
     factors = factors.index_select(0, queries.rows).t()
     return mixed * factors[None, :, :, None].to(mixed.dtype)

@@ -173,7 +173,10 @@ class TokenStream:
         if length == kept.shape[1] and not ragged:
             self._forget(None)
             return x
-        order = (~kept).byte().argsort(dim=1, stable=True)[:, :length]
+        # As a stable sort by `kept`, which ONNX has not: no two keys are equal.
+        place = torch.arange(kept.shape[1], device=x.device)
+        keys = torch.where(kept, place, place + kept.shape[1])
+        order = keys.topk(length, dim=1, largest=False).indices
         flat = (order + torch.arange(rows, device=x.device)[:, None] * kept.shape[1]).flatten()
         x = x.flatten(0, 1).index_select(0, flat).unflatten(0, (rows, length))
         self.places = order if self.places is None else self.places.gather(1, order)

@@ -173,12 +173,12 @@ class TextPass:
         all of them.
         """
         guide, stream, states = self.stream.first(x), self.read[turn], self.states[turn]
-        if len(guide) == stream.rows:
+        if guide.shape[0] == stream.rows:  # len() would fix the number in an export
             return states, guide
-        group = len(guide) // stream.rows
+        group = guide.shape[0] // stream.rows
         if self.causal:
             return states, guide[::group]
-        rows = torch.arange(len(guide), device=x.device) // group
+        rows = torch.arange(guide.shape[0], device=x.device) // group
         return stream.select(states, rows), guide
 
     def own(self, layer: int, x: Tensor, turn: int | None) -> Tensor:
@@ -187,7 +187,7 @@ class TextPass:
         if self.trimmers is None or self.record is None:
             return x
         if str(number) in self.trimmers.tokens:
-            guide = None if turn is None else self._image_first(turn, len(x))
+            guide = None if turn is None else self._image_first(turn, x.shape[0])
             x, self.record.sites[number] = self.stream.trim(x, self.trimmers, number, guide)
             self.record.places = self.stream.places
         self.record.tokens[number] = self.stream.count(x)
@@ -196,7 +196,8 @@ class TextPass:
     def _image_first(self, turn: int, rows: int) -> Tensor:
         """(B, D): the first token of the image that each row reads."""
         first = self.read[turn].first(self.states[turn])
-        return first if len(first) == rows else first.repeat_interleave(rows // len(first), 0)
+        count = first.shape[0]
+        return first if count == rows else first.repeat_interleave(rows // count, 0)
 
     def heads(
         self,
@@ -219,7 +220,7 @@ class TextPass:
             own, kept = trimmers.choose_heads("heads", number, first, gates=gates[0])
             record.heads[number] = kept
         if turn is not None and str(number) in trimmers.cross_heads:
-            other = self._image_first(turn, len(x))
+            other = self._image_first(turn, x.shape[0])
             cross, kept = trimmers.choose_heads("cross_heads", number, first, other, gates[1])
             record.cross_heads[number] = kept
         if cache is not None:

@@ -8,6 +8,10 @@
 Pictures come as uint8 and are normalised inside the graph, so nobody can do it twice or not at all.
 Shapes are numbers or names; a name is the same size wherever it stands in a graph.
 
+A trimmed model is written in mode "bucket", whose shapes do not depend on the input. Where its
+trimmers want to know the text, text_encoder runs first, and image_encoder takes text_states as well
+(captioning: the prompt, as text_ids).
+
 Shape legend: B rows, L tokens, P image tokens, D width, A answers a question, La their tokens, V
 vocabulary, H heads, d head size, T tokens so far.
 """
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 
 from models.bert import DecoderCache
 from models.config import HEADS, PAIRED
+from train.export.trimmed import check_trimming, image_tokens, read_tokens
 
 if TYPE_CHECKING:
     from models.config import ModelConfig
@@ -108,10 +113,12 @@ def limits(config: ModelConfig) -> dict[str, tuple[int, int | None]]:
 
 
 def graphs_of(model: XVLM) -> list[Graph]:
-    """The graphs of a model's form, in the order in which they are run.
+    """The graphs of a model's form, in the order in which they are run. A trimmed model is put into
+    mode "bucket".
 
     Raises:
-        ValueError: on a two-stream model with an answer decoder.
+        ValueError: on a two-stream model with an answer decoder, or trimmers of which static shapes
+            cannot be had.
     """
     config, form = model.config, model.config.form
     if config.image_fusion is not None and config.decoder is not None:
@@ -119,10 +126,14 @@ def graphs_of(model: XVLM) -> list[Graph]:
             f"{config.name}: the answer decoder of two streams (image_fusion) reads pooled tokens, "
             "for which there is no graph; export another form, or the folder as it is (safetensors)"
         )
-    found = [_image_encoder(model)]
+    if config.trimming is not None:
+        check_trimming(config)
+        model.set_trimming("bucket")
+    image = _image_encoder(model)
     if form == "captioning":
-        return [*found, *_caption_decoder(model)]
-    found += [_text_encoder(model), _fusion(model)]
+        return [image, *_caption_decoder(model)]
+    text, fusion = _text_encoder(model), _fusion(model)
+    found = [text, image, fusion] if model.guided else [image, text, fusion]
     if config.decoder is not None:
         found.append(_answer_decoder(model))
     return found
@@ -147,21 +158,48 @@ class _ImageEncoder(nn.Module):
         self.register_buffer("mean", mean * 255)
         self.register_buffer("factor", 1 / (std * 255))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        states = self.model.encode_image((images.float() - self.mean) * self.factor).last
+    def encode(self, images: Tensor, guide: Tensor | None) -> tuple[Tensor, ...]:
+        pixels = (images.float() - self.mean) * self.factor
+        states = self.model.encode_image(pixels, guide=guide).last
         return (states, self.model.image_feature(states)) if self.projects else (states,)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.encode(images, None)
+
+
+class _GuidedImageEncoder(_ImageEncoder):
+    """images (B, 3, S, S) uint8, text_states (B, L, D) -> states (B, P, D) and, where the form has one,
+    a feature (B, E). The text chooses which patches stay.
+    """
+
+    def forward(self, images: Tensor, text_states: Tensor) -> tuple[Tensor, ...]:
+        return self.encode(images, text_states[:, 0])
+
+
+class _PromptedImageEncoder(_ImageEncoder):
+    """images (B, 3, S, S) uint8, text_ids (B, L) the prompt without [SEP] -> states (B, P, D). The
+    prompt chooses which patches stay.
+    """
+
+    def forward(self, images: Tensor, text_ids: Tensor) -> tuple[Tensor, ...]:
+        seen = torch.ones_like(text_ids, dtype=torch.bool)
+        return self.encode(images, self.model.encode_text(text_ids, seen).last[:, 0])
 
 
 def _image_encoder(model: XVLM) -> Graph:
-    module, side = _ImageEncoder(model), model.config.vision.image_size
+    config = model.config
+    side = config.vision.image_size
+    ports = [Port("images", ("batch", 3, side, side), "uint8")]
+    kind = _ImageEncoder
+    if model.guided and config.form == "captioning":
+        kind = _PromptedImageEncoder
+        ports.append(Port("text_ids", ("batch", "tokens"), "int64"))
+    elif model.guided:
+        kind = _GuidedImageEncoder
+        ports.append(Port("text_states", ("batch", "tokens", config.text.width)))
+    module = kind(model)
     outputs = ("image_states", "image_feature") if module.projects else ("image_states",)
-    return Graph(
-        "image_encoder",
-        module,
-        (Port("images", ("batch", 3, side, side), "uint8"),),
-        outputs,
-        model.config.text.vocab_size,
-    )
+    return Graph("image_encoder", module, tuple(ports), outputs, config.text.vocab_size)
 
 
 class _TextEncoder(nn.Module):
@@ -213,7 +251,7 @@ class _Fusion(nn.Module):
 
 def _fusion(model: XVLM) -> Graph:
     module, config = _Fusion(model), model.config
-    images: Shape = ("batch", config.vision.output_tokens, config.vision.width)
+    images: Shape = ("batch", image_tokens(config), config.vision.width)
     names = ("left_states", "right_states") if config.form in PAIRED else ("image_states",)
     ports = (
         Port("text_states", ("batch", "tokens", config.text.width)),
@@ -321,6 +359,7 @@ class _CaptionStep(nn.Module):
         for layer, heads in zip(cache.layers[text.text_layers :], text.cross_heads, strict=True):
             if heads:
                 layer.cross.held = (tensors.pop(0), tensors.pop(0))
+            layer.seen = (None, None)  # what trimmers left of the image is held
         cache.length = text_ids.shape[1] - 1
         # Nobody reads the image's states: their keys and values are held.
         states = text_ids.new_zeros(text_ids.shape[0], 1, self.model.config.vision.width).float()
@@ -331,14 +370,15 @@ class _CaptionStep(nn.Module):
 def _caption_decoder(model: XVLM) -> list[Graph]:
     config = model.config
     own, cross, heads = _cached(config)
-    size, patches = config.text.head_dim, config.vision.output_tokens
+    size, first = config.text.head_dim, config.text.text_layers
+    read = read_tokens(config)
     vocabulary = config.text.vocab_size
     start = Graph(
         "decoder_start",
         _CaptionStart(model),
         (
             Port("text_ids", ("batch", "tokens"), "int64"),
-            Port("image_states", ("batch", patches, config.vision.width)),
+            Port("image_states", ("batch", image_tokens(config), config.vision.width)),
         ),
         ("next_logits", *own, *cross),
         vocabulary,
@@ -349,7 +389,10 @@ def _caption_decoder(model: XVLM) -> list[Graph]:
         (
             Port("text_ids", ("batch", "past+1"), "int64"),
             *(Port(name, ("batch", heads[name], "past", size)) for name in own),
-            *(Port(name, ("batch", heads[name], patches, size)) for name in cross),
+            *(
+                Port(name, ("batch", heads[name], read[int(name.rpartition("_")[2]) - first], size))
+                for name in cross
+            ),
         ),
         # A graph cannot give a tensor the name that one of its inputs has.
         ("next_logits", *(f"longer_{name}" for name in own)),
