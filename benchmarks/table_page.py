@@ -191,7 +191,8 @@ def page(result: Mapping[str, Any]) -> str:
         "teacher, pre-trained and fine-tuned with it (KD) or without. Intervals: paired bootstrap "
         f"over test pictures, {result['draws']:,} draws; they do not contain the spread over seeds, "
         "which the seeds show. The student without a teacher starts from the same layers and "
-        "trains as many steps. Retrieval searches galleries of "
+        "trains as many steps, but has no task vector (docs/distillation.md), so its gap is of "
+        "both. Retrieval searches galleries of "
         f"{result['gallery']:,} pictures.",
         "",
     ]
