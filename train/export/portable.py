@@ -120,7 +120,10 @@ def _within(sizes: Mapping[str, int], model: XVLM) -> dict[str, int]:
         raise ValueError(
             f"text.max_positions is {most}: graphs are traced with {max(_TRACED.values()) + 1} tokens"
         )
-    return dict(sizes) | {"tokens": min(sizes["tokens"], most), "past": min(sizes["past"], most - 1)}
+    return dict(sizes) | {
+        "tokens": min(sizes["tokens"], most),
+        "past": min(sizes["past"], most - 1),
+    }
 
 
 # --- one graph ------------------------------------------------------------------------------------
