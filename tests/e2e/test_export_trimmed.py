@@ -34,7 +34,8 @@ def made(form: str, folder: Path, **changes: Any) -> XVLM:
     values: dict[str, Any] = {"vision.heads": (2,) * 4, "vision.head_dim": 16, **SLIM}
     model = presets.create("blocksworld-micro-teacher", **values)
     model = XVLM(model.config.as_form(form))
-    trimming = TrimmingConfig(**(TRIMMING | {"mode": "gather"} | changes))
+    settings: dict[str, Any] = TRIMMING | {"mode": "gather"} | changes
+    trimming = TrimmingConfig(**settings)
     model = decisive(with_trimming(model, trimming)).eval()
     model.save_pretrained(folder)
     model.set_trimming("bucket")

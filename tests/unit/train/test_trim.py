@@ -174,8 +174,8 @@ def test_every_term_is_the_one_written_out():
     assert losses.metrics["target_share"].item() == pytest.approx(0.7)
     assert losses.terms["cost"].item() == pytest.approx((share - 0.7) ** 2, rel=1e-4)
     assert 0.1 < share < 0.95
-    total = sum(losses.weights[name] * term for name, term in losses.terms.items())
-    assert losses.total().item() == pytest.approx(float(total.detach()))
+    total = sum(losses.weights[name] * term.item() for name, term in losses.terms.items())
+    assert losses.total().item() == pytest.approx(total)
 
 
 def test_a_weight_of_zero_takes_the_term_away():
@@ -186,8 +186,10 @@ def test_a_weight_of_zero_takes_the_term_away():
     assert only.terms.keys() == names - {"full_truth"}
     assert losses_of("nlvr2", model, distil_weight=0.0).terms.keys() == names - {"self_truth"}
 
-    passes = []
-    model.vision.register_forward_hook(lambda *_: passes.append(model.vision.trimmers.mode))
+    passes: list[str] = []
+    trimmers = model.vision.trimmers
+    assert trimmers is not None
+    model.vision.register_forward_hook(lambda *_: passes.append(trimmers.mode))
     losses_of("nlvr2", model, full_weight=0.0, distil_weight=0.0)
     assert passes == ["mask"]  # nobody reads a full pass
     passes.clear()

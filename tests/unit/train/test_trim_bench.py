@@ -181,11 +181,13 @@ def test_steps_never_cost_tokens_or_more_time(table, counts):
 
 def test_the_table_is_of_the_blocks_behind_the_first_site(tmp_path, monkeypatch):
     model = counted("vqa")
-    lengths: list[int] = []
-    for index, block in enumerate(model.vision.blocks):
-        block.register_forward_pre_hook(
-            lambda _, given, place=index: lengths.append((place, given[0].shape[1]))
-        )
+    lengths: list[tuple[int, int]] = []
+
+    def watch(place: int, block: torch.nn.Module) -> None:
+        block.register_forward_pre_hook(lambda _, given: lengths.append((place, given[0].shape[1])))
+
+    for place, block in enumerate(model.vision.blocks):
+        watch(place, block)
     table = latency_by_count(model, 2, [2, 7], repeats=2, warm_up=0)
     assert list(table) == [2, 7] and all(value > 0 for value in table.values())
     assert set(lengths) == {(place, n) for place in (1, 2, 3) for n in (3, 8)}
