@@ -1,17 +1,22 @@
-"""Ranks as forks of this process, which has imported everything: a job of a few steps costs a second
-where `spawn.run_ranks` costs ten.
+"""Ranks as forks of one fresh process that has imported everything: two ranks cost one import of
+torch and DeepSpeed where `spawn.run_ranks` costs two.
 
-The parent must not have run torch on several threads (conftest.py sets OMP_NUM_THREADS=1).
+Not forks of the tests' own process: once autograd has run there on threads of its own, it refuses to
+run in a fork.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import importlib
+import operator
 import os
 import pickle
 import select
 import signal
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -21,7 +26,13 @@ from typing import Any, NoReturn
 import torch
 from torch.distributed import TCPStore
 
-from tests.distributed.spawn import GRACE_SECONDS, RanksFailed, _environment
+from tests.distributed.spawn import (
+    GRACE_SECONDS,
+    ROOT,
+    RanksFailed,
+    _environment,
+    _reference,
+)
 
 __all__ = ["fork_ranks"]
 
@@ -29,29 +40,50 @@ __all__ = ["fork_ranks"]
 def fork_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
 ) -> list[Any]:
-    """Calls `function(*args)` on every rank of a group of `world_size` and returns the results.
+    """Calls `function(*args)`, a module-level function, on every rank of a group of `world_size` and
+    returns the results.
 
     Raises RanksFailed with what the ranks printed; ranks that hang print their stacks.
     """
-    import deepspeed  # noqa: F401  imported once, here
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="forked-") as name:
         folder = Path(name)
-        pids = []
-        for rank in range(world_size):
-            environment = _environment(rank, world_size, store.port, {"DS_ACCELERATOR": "cpu"})
-            pid = os.fork()
-            if pid == 0:
-                _child(function, args, folder, rank, environment, timeout)
-            pids.append(pid)
-        codes = _reap(pids, timeout + GRACE_SECONDS)
-        if any(codes):
-            told = [(folder / f"out_{rank}").read_text()[-6000:] for rank in range(world_size)]
-            raise RanksFailed(f"{function.__name__}: ranks ended with {codes}\n" + "\n".join(told))
+        call = (_reference(function), world_size, args, timeout)
+        (folder / "call.pkl").write_bytes(pickle.dumps(call))
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.distributed.forked", str(folder)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            told = [done.stderr.decode(errors="replace")]
+            told += [path.read_text(errors="replace") for path in sorted(folder.glob("out_*"))]
+            raise RanksFailed("\n".join([call[0], *(text[-6000:] for text in told)]))
         return [
             pickle.loads((folder / f"result_{rank}").read_bytes()) for rank in range(world_size)
         ]
+
+
+def _fork_all(folder: Path) -> int:
+    """In the fresh process: 0 when every rank left with 0."""
+    reference, world_size, args, timeout = pickle.loads((folder / "call.pkl").read_bytes())
+    import deepspeed  # noqa: F401  imported once, here
+
+    module, _, attribute = reference.partition(":")
+    function = operator.attrgetter(attribute)(importlib.import_module(module))
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pids = []
+    for rank in range(world_size):
+        environment = _environment(rank, world_size, store.port, {"DS_ACCELERATOR": "cpu"})
+        pid = os.fork()
+        if pid == 0:
+            _child(function, args, folder, rank, environment, timeout)
+        pids.append(pid)
+    codes = _reap(pids, timeout + GRACE_SECONDS)
+    if any(codes):
+        print(f"ranks ended with {codes}", file=sys.stderr)
+    return int(any(codes))
 
 
 def _child(
@@ -107,3 +139,7 @@ def _reap(pids: list[int], seconds: float) -> list[int]:
             codes[pid] = os.waitpid(pid, 0)[1]
             seconds = GRACE_SECONDS if codes[pid] else seconds
     return [codes[pid] for pid in pids]
+
+
+if __name__ == "__main__":
+    sys.exit(_fork_all(Path(sys.argv[1])))
