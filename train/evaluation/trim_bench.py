@@ -192,33 +192,39 @@ def _one_batch(
         macs[mode] = counter.get_total_flops() // 2 // (rows * len(inputs))
     seconds = interleave(list(calls.items()), repeats, warm_up, waiter(device), progress=True)
     latency = {mode: summarise(found) | {"seconds": found} for mode, found in seconds.items()}
-    served = [mode for mode in SERVED if mode in modes]
-    return {
-        "latency": latency,
-        "macs": macs,
-        "speedup": {
-            mode: ratios(seconds["off"], found) for mode, found in seconds.items() if mode != "off"
-        },
-        "best": min(served, key=lambda mode: latency[mode]["median"]),
+    speedup = {
+        mode: ratios(seconds["off"], found) for mode, found in seconds.items() if mode != "off"
     }
+    return {"latency": latency, "macs": macs, "speedup": speedup, "best": _best(speedup)}
+
+
+def _fastest(speedup: Mapping[str, Mapping[str, float]]) -> str:
+    """The trimmed mode that gained most, round by round."""
+    served = [mode for mode in SERVED if mode in speedup]
+    return max(served, key=lambda mode: speedup[mode]["median"])
+
+
+def _best(speedup: Mapping[str, Mapping[str, float]]) -> str:
+    """That mode, if it beat the full model in three of four rounds; else "off"."""
+    mode = _fastest(speedup)
+    return mode if speedup[mode]["q1"] > 1 else "off"
 
 
 def verdict(result: Mapping[str, Any], size: str) -> str:
     """What to do at a batch size, in words. Trimming pays where the fastest mode is faster than the
     full model in three of four rounds.
     """
-    best, speedup = result["best"][size], result["speedup"][size]
-    trimmed = {mode: speedup[mode] for mode in SERVED if mode in speedup}
-    mode = max(trimmed, key=lambda name: trimmed[name]["median"])
-    found, macs = trimmed[mode], result["macs"][size]
+    speedup, macs = result["speedup"][size], result["macs"][size]
+    mode = _fastest(speedup)
+    found = speedup[mode]
     fewer = f"{macs['off'] / max(1, macs[mode]):.2f}x fewer MACs"
     spread = f"quartiles {found['q1']:.2f} to {found['q3']:.2f}, {fewer}"
-    if found["q1"] > 1 and best != "off":
+    if result["best"][size] != "off":
         return f"batch {size}: {mode} is the fastest, {found['median']:.2f}x as fast ({spread})"
     if found["median"] > 1:
         return (
             f"batch {size}: trimming does not pay for certain: {mode} is {found['median']:.2f}x as "
-            f"fast as the full model ({spread}), less than its noise"
+            f"fast as the full model ({spread}), less than its noise; run with mode off"
         )
     return (
         f"batch {size}: trimming does not pay on this device: the fastest mode, {mode}, takes "
