@@ -26,6 +26,7 @@ __all__ = [
     "load_run_config",
     "nearest",
     "schema",
+    "section_class",
     "to_plain",
 ]
 
@@ -155,14 +156,21 @@ def _section_at(path: list[str]) -> type | None:
     """The config class that holds the key `path[-1]`, by following the type hints; None where there
     is none.
     """
-    here: Any = RunConfig
+    here: type | None = RunConfig
     for part in path[:-1]:
-        hints = typing.get_type_hints(here) if dataclasses.is_dataclass(here) else {}
-        candidates = [hints.get(part), *typing.get_args(hints.get(part))]
-        here = next((c for c in candidates if dataclasses.is_dataclass(c)), None)
+        here = section_class(here, part)
         if here is None:
             return None
     return here
+
+
+def section_class(section: type, key: str) -> type | None:
+    """The config class of what lies under `key` of a config class; None where it is a value."""
+    hint = typing.get_type_hints(section).get(key)
+    candidates = (hint, *typing.get_args(hint))
+    return next(
+        (c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)), None
+    )
 
 
 def _explain(error: ValidationError, recipe: Path, overridden: set[str]) -> str:

@@ -18,7 +18,6 @@ from train.config import RunConfig, UserError
 from train.recipes_io import flatten, to_plain
 
 __all__ = [
-    "check_config",
     "collect",
     "plain_config",
     "restore",
@@ -28,51 +27,6 @@ __all__ = [
 ]
 
 VERSION = 2
-# Keys that may change between save and resume: how long, how often to look and to save, and where.
-# What the data are and how they are ordered is checked by the loaders, which know it exactly.
-_DATA = (
-    "data.train",
-    "data.region_train",
-    "data.block",
-    "data.window_blocks",
-    "data.groups",
-    "data.mix_period",
-    "data.batch",
-    "data.global_batch",
-    "data.region.images",
-    "data.region.rows",
-    "data.region.global_",
-)
-_MAY_CHANGE = (
-    *_DATA,
-    "out",
-    "optim.steps",
-    "log.",
-    "checkpoint.",
-    "eval.",
-    "data.workers",
-    "data.val",
-    "data.remote.",
-    # The optimizer batch is micro-batch x ranks x accumulation: the loaders check the first two.
-    "engine.accumulate",
-    # How the same numbers are computed, and when a step is skipped.
-    "teacher.backend",
-    "teacher.dtype",
-    "teacher.compile",
-    "teacher.overlap",
-    "teacher.inject",
-    "engine.activation_checkpointing",
-    "engine.compile",
-    "prune.gates",
-    "prune.budget.cache",
-    "prune.budget.repeats",
-    # Who holds which part of the optimizer: a checkpoint is put together anew (reshard.py).
-    "engine.config",
-    "engine.offload",
-    "engine.collective_timeout",
-    "optim.spike_",
-    "optim.skip_limit",
-)
 
 
 def rng_state() -> dict[str, Any]:
@@ -112,21 +66,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
 def plain_config(config: RunConfig) -> dict[str, Any]:
     """The configuration as it is stored in a checkpoint: dotted keys, JSON values."""
     return flatten(to_plain(config))
-
-
-def check_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises UserError naming every key that differs and may not."""
-    differing = [
-        key
-        for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key) and not key.startswith(_MAY_CHANGE)
-    ]
-    if differing:
-        lines = "; ".join(f"{key}: {saved.get(key)!r} -> {current.get(key)!r}" for key in differing)
-        raise UserError(
-            f"the checkpoint was written with another configuration ({lines}); put the old values "
-            "back, choose another out=, or start over with --resume none"
-        )
 
 
 def collect(

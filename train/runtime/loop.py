@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from data_pipeline.batches import Batch
 from train.checkpoint import state as run_state
+from train.checkpoint.same_config import check_config
 from train.config import RunConfig, UserError
 from train.monitor.deepspeed import attach
 from train.monitor.watchdog import StallWatchdog
@@ -123,7 +124,7 @@ def restore(run: Run, resume: str, rebase: bool = False) -> Progress:
     current = run_state.plain_config(run.config)
 
     def check(manifest: dict[str, Any]) -> None:
-        run_state.check_config(manifest.get("config", {}), current)
+        check_config(manifest.get("config", {}), current)
 
     run_state.seed_rng(run.config.seed, run.dist.rank)
     progress = Progress(guard=StepGuard.of(run.config.optim))

@@ -1,6 +1,4 @@
-"""State outside DeepSpeed: a round trip through a file that needs no pickle, and the configuration
-check.
-"""
+"""State outside DeepSpeed: a round trip through a file that needs no pickle."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ import numpy
 import pytest
 import torch
 
-from tests.distributed.stand_in import TinyLoader, tiny_config, with_changes
+from tests.distributed.stand_in import TinyLoader, tiny_config
 from train.checkpoint import state
 from train.config import UserError
 
@@ -54,15 +52,3 @@ def test_everything_comes_back_without_pickle(tmp_path: Path) -> None:
 def test_another_version_is_refused() -> None:
     with pytest.raises(UserError, match="version 99"):
         state.restore({"version": 99}, loader=TinyLoader(0))
-
-
-def test_only_harmless_keys_may_change(tmp_path: Path) -> None:
-    old = tiny_config(tmp_path)
-    longer = with_changes(old, optim={"steps": 99}, log={"every": 1}, checkpoint={"keep": 9})
-    state.check_config(state.plain_config(old), state.plain_config(longer))
-    other = with_changes(old, optim={"lr": 0.5}, data={"max_tokens": 7, "batch": 7})
-    with pytest.raises(UserError) as error:
-        state.check_config(state.plain_config(old), state.plain_config(other))
-    assert "data.max_tokens: " in str(error.value) and "optim.lr: 0.001 -> 0.5" in str(error.value)
-    assert "data.batch" not in str(error.value)  # the loaders know what may be read on
-    assert "log." not in str(error.value)
