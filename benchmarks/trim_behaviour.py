@@ -161,7 +161,7 @@ def crowd(
         part = together(rows[begin : begin + _ROWS])
         index = torch.arange(len(part.ids))
         image, ((states, seen),) = see(model, part.images, (index,), part.ids, part.mask)
-        fused = model.multimodal(part.ids, part.mask, states, seen)
+        fused = model.multimodal(part.ids, part.mask, states, seen, text=image.guide)
         costs += expected_macs(model.config, image=image, fused=fused).per_example().tolist()
     things = np.array([len(scene.things) for scene in scenes])
     spent = np.array(costs)
