@@ -39,9 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
-        parser = _overview()
         if not arguments or arguments[0].startswith("-"):
-            parser.parse_args(arguments or ["--help"])
+            _overview().parse_args(arguments or ["--help"])
             return EXIT_USAGE
         name, *rest = arguments
         verb = _verbs().get(name)
@@ -164,11 +163,25 @@ def _launch(name: str, rest: Sequence[str]) -> int:
 def _stage(name: str, rest: Sequence[str]) -> int:
     """One training stage on this process (one of many under a launcher)."""
     options = _stage_parser(name).parse_intermixed_args(rest)
-    try:
-        from train.recipes_io import find_recipe, load_run_config
+    if options.dry_run:  # nothing to save: signals end it
+        return _run_stage(name, options)
+    from train.runtime.signals import stop_on_signals
 
-        recipe = find_recipe(options.recipe)
-        config, sources = load_run_config(recipe, options.overrides)
+    # First of all: the run file and the libraries take seconds to load, and Python would end with
+    # 143 (the launcher's "failed") where 75 says that the same command goes on.
+    with stop_on_signals():
+        return _run_stage(name, options)
+
+
+def _run_stage(name: str, options: argparse.Namespace) -> int:
+    from train.runtime.signals import alone
+
+    try:
+        with alone("before the run file was read"):
+            from train.recipes_io import find_recipe, load_run_config
+
+            recipe = find_recipe(options.recipe)
+            config, sources = load_run_config(recipe, options.overrides)
         if config.stage != name:
             raise ValueError(
                 f"{recipe}: stage is {config.stage!r}: run `espalier {config.stage} ...`"

@@ -59,6 +59,20 @@ print("RESULT", json.dumps([go(), go()]))
 distributed.finish()
 """
 
+# The command line stops in front of the first import of the module named first.
+EARLY = """
+import sys
+wanted, out = sys.argv[1:]
+class Wait:
+    def find_spec(self, name, path=None, target=None):
+        if name == wanted:
+            print("ready", flush=True)
+            sys.stdin.readline()  # until the signal has been sent
+sys.meta_path.insert(0, Wait())
+from train.main import main
+sys.exit(main(["pretrain", "blocksworld-pretrain-teacher", f"out={out}", "data.train=/nowhere"]))
+"""
+
 
 def _start(folder: Path, steps: int, announce: int) -> subprocess.Popen[str]:
     environment = {
@@ -110,6 +124,32 @@ def test_a_stop_in_validation_saves_and_the_next_run_validates(tmp_path: Path) -
     assert first == {"code": 75, "begun": [3], "validated": [], "batches": 2}
     assert second == {"code": 0, "begun": [3, 6], "validated": [3, 6], "batches": 10}
     assert "resumed at step 3" in (tmp_path / "events.log").read_text()
+
+
+@pytest.mark.parametrize("module", ["yaml", "torch", "deepspeed"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_libraries_load_is_no_failure(
+    tmp_path: Path, module: str, number: int
+) -> None:
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", EARLY, module, str(tmp_path / "run")],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        _, errors = process.communicate("go\n", timeout=120)
+    assert process.returncode == 75, errors
+    assert f"{signal.Signals(number).name} " in errors and "nothing to save yet" in errors
+    assert not (tmp_path / "run").exists()
 
 
 def test_old_handlers_come_back() -> None:

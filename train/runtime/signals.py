@@ -6,9 +6,10 @@ after the other; so no rank acts on its own flag, only on the flag of all. Data 
 while the handlers stand and inherit them: a signal to a whole process group (Slurm, a terminal)
 kills no worker under a rank that saves.
 
-A stage handles signals from its first line on. While it builds, the ranks ask one another between
-the parts (`leave_if_stopped`). Before they know one another nobody can be asked, and the main thread
-may wait in a library where no handler of Python runs: there a thread ends the process (`alone`).
+The command line takes signals before it reads a stage's run file. While a stage builds, the ranks
+ask one another between the parts (`leave_if_stopped`). Before they know one another nobody can be
+asked, and the main thread may wait in a library where no handler of Python runs: there a thread
+ends the process (`alone`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from types import FrameType
 from typing import Any
 
 from train.runtime import report
-from train.runtime.distributed import all_reduce_flag
 
 __all__ = [
     "EXIT_STOPPED",
@@ -62,6 +62,9 @@ class StopFlag:
 
     def everywhere(self) -> bool:
         """True on all ranks when a signal came to any of them. Collective."""
+        # Not above: handlers stand before anything that takes time is imported.
+        from train.runtime.distributed import all_reduce_flag
+
         if not self.agreed:
             self.agreed = all_reduce_flag(bool(self))
         return self.agreed
