@@ -97,7 +97,8 @@ def main() -> int:
     import torch
 
     from train.provenance import provenance
-    from train.runtime.distributed import choose_accelerator, finish, free_port, start
+    from train.runtime.distributed import choose_accelerator, finish, start
+    from train.runtime.ranks import free_port
 
     choose_accelerator()
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}

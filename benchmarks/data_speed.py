@@ -38,7 +38,7 @@ def read_speed(folder: Path, task: str, size: int, batches: int) -> float:
     """Images a second in one process, decoding, tokenising and collation included."""
     from data_pipeline.loader import build_loader
     from data_pipeline.text import load_tokenizer
-    from train.config import DataConfig
+    from train.data_config import DataConfig
 
     data = DataConfig(train="")
     loader = build_loader(

@@ -104,7 +104,8 @@ def scores(model_folder: Path, data: Path) -> dict[str, float]:
     from data_pipeline.loader import build_loader
     from data_pipeline.text import load_tokenizer
     from models import from_pretrained
-    from train.config import KdConfig, RegionConfig
+    from train.config import KdConfig
+    from train.data_config import RegionConfig
     from train.evaluation.runner import evaluate
     from train.tasks.pretrain import PretrainTask
 

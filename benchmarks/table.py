@@ -16,7 +16,6 @@ docs/results.md are written after every cell; what has not run is marked there.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -24,9 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -34,6 +31,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from cells import Cell, alone, finished, hours, read_json, write_json  # noqa: E402
+
 TASKS = ("vqa", "retrieval", "nlvr2", "captioning", "grounding")
 KINDS = ("student", "pruned", "no_kd", "uniform")
 # Relative to the root, where every run starts: a copy of the checkout goes on with the same cells.
@@ -54,26 +54,6 @@ PRUNING = ("prune.ramp_steps=150", "prune.freeze_step=300")
 STEP_SECONDS = {"base": 0.52, "base_no_kd": 0.35, "teacher": 0.33, "student": 0.30, "no_kd": 0.15}
 SCORE_SECONDS = 60.0
 _STOPPED = 75
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One trained model.
-
-    Attributes:
-        name: its folder below --work.   task: what it is scored on, None: it is only built on.
-        argv: the training command; () for a model that is there already.   model: its folder.
-        after: names of the cells whose models it needs.   seconds: estimate.
-    """
-
-    name: str
-    task: str | None
-    kind: str
-    seed: int
-    argv: tuple[str, ...]
-    model: Path
-    after: tuple[str, ...] = ()
-    seconds: float = 0.0
 
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -260,25 +240,6 @@ def score_model(model: Any, task: str, work: Path, limit: int, gallery: int) -> 
     )  # fmt: skip
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def finished(cell: Cell, work: Path, identity: str) -> bool:
-    return read_json(work / cell.name / "finished.json").get("identity") == identity
-
-
 def run_cell(cell: Cell, work: Path, identity: str, place: str, args: argparse.Namespace) -> int:
     """Train (or go on training) and score one cell. Exit code of the training."""
     from train.demo import Stage, run_stage, stream
@@ -307,24 +268,6 @@ def run_cell(cell: Cell, work: Path, identity: str, place: str, args: argparse.N
     return 0
 
 
-@contextmanager
-def alone(work: Path) -> Iterator[int]:
-    """One table in a folder at a time: the lock's file descriptor, for processes that it starts.
-
-    Raises:
-        ValueError: another one runs, or a training that a killed one has left.
-    """
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{work}: another table, or a training that one has left, runs in this folder"
-            ) from None
-        yield file.fileno()
-
-
 def slowness(cells: Sequence[Cell], work: Path) -> float:
     """Measured over estimated seconds of the cells that were trained."""
     pairs = [
@@ -333,10 +276,6 @@ def slowness(cells: Sequence[Cell], work: Path) -> float:
         if cell.argv and (known := read_json(work / cell.name / "finished.json")).get("seconds")
     ]
     return sum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs else 1.0
-
-
-def hours(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min"
 
 
 def run_all(

@@ -23,7 +23,6 @@ import fcntl
 import os
 import re
 import time
-import weakref
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from pathlib import Path
 
 import xxhash
 
+from data_pipeline.locks import Held, flock, locked
 from data_pipeline.remote import Counters, Version, stale
 from data_pipeline.tar_headers import ShardError
 
@@ -71,66 +71,6 @@ class Entry:
     def version(self) -> Version:
         """What a server must send."""
         return Version(self.bytes)
-
-
-class _Held:
-    """An open, locked file. A forked child closes its copy: the lock would outlive the parent's."""
-
-    alive: weakref.WeakSet[_Held] = weakref.WeakSet()
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        _Held.alive.add(self)
-
-    def close(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-        self.descriptor = -1
-
-
-def _forget_locks() -> None:
-    for held in list(_Held.alive):
-        with suppress(OSError):
-            held.close()
-
-
-os.register_at_fork(after_in_child=_forget_locks)
-
-
-def _flock(descriptor: int, kind: int) -> bool:
-    """Whether the lock was had. `kind` with LOCK_NB does not wait."""
-    try:
-        fcntl.flock(descriptor, kind)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise OSError(
-                "data.remote.cache: the file system has no file locks; use a folder on a local disk"
-            ) from None
-        raise
-    return True
-
-
-@contextmanager
-def _locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[_Held | None]:
-    """A file, made if need be, open and locked; None when LOCK_NB finds it taken.
-
-    The one that held the lock before may have renamed or removed the file: then its name stands
-    for another file or none, and the lock would protect nothing.
-    """
-    while True:
-        held = _Held(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
-        try:
-            if not _flock(held.descriptor, kind):
-                yield None
-                return
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(held.descriptor), os.stat(path)):
-                    yield held
-                    return
-        finally:
-            held.close()
 
 
 def _write_all(descriptor: int, chunk: bytes) -> None:
@@ -177,14 +117,14 @@ class ShardCache:
             if held is not None:
                 held.close()
 
-    def _open(self, entry: Entry) -> _Held | None:
+    def _open(self, entry: Entry) -> Held | None:
         path = self.folder / entry.name
         try:
-            held = _Held(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            held = Held(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except FileNotFoundError:
             return None
         # Taken exclusively means: being removed.
-        if _flock(held.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB):
+        if flock(held.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB):
             if os.fstat(held.descriptor).st_size == entry.bytes:
                 os.utime(held.descriptor)
                 return held
@@ -215,7 +155,7 @@ class ShardCache:
             return Filled.READY
         part = self.folder / f"{entry.name}.part"
         with self._reserve(entry, part, keep) as held:
-            if not isinstance(held, _Held):
+            if not isinstance(held, Held):
                 return held
             self._download(entry, stream, part, held.descriptor)
             self.counters.add("downloads")
@@ -252,18 +192,18 @@ class ShardCache:
             waited += _POLL_S if outcome is Filled.FULL else 0.0
 
     @contextmanager
-    def _reserve(self, entry: Entry, part: Path, keep: Container[str]) -> Iterator[_Held | Filled]:
+    def _reserve(self, entry: Entry, part: Path, keep: Container[str]) -> Iterator[Held | Filled]:
         """The locked part file with room for all of the shard; or why not."""
         with ExitStack() as stack:
-            with _locked(self.folder / "lock"):
-                held = stack.enter_context(_locked(part, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            with locked(self.folder / "lock"):
+                held = stack.enter_context(locked(part, fcntl.LOCK_EX | fcntl.LOCK_NB))
                 outcome = self._prepare(entry, held, keep)
                 if outcome is Filled.READY or (outcome is Filled.FULL and not part.stat().st_size):
                     part.unlink()
             # The folder is free for others while this shard is downloaded.
             yield outcome or held or Filled.BUSY
 
-    def _prepare(self, entry: Entry, held: _Held | None, keep: Container[str]) -> Filled | None:
+    def _prepare(self, entry: Entry, held: Held | None, keep: Container[str]) -> Filled | None:
         if held is None:
             return Filled.BUSY
         if (self.folder / entry.name).exists():
@@ -301,11 +241,11 @@ class ShardCache:
         """Removes a file unless it is in use (parts: being downloaded)."""
         path = self.folder / name
         try:
-            held = _Held(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            held = Held(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except FileNotFoundError:
             return True
         try:
-            if not _flock(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if not flock(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 return False
             path.unlink(missing_ok=True)
         finally:
@@ -376,7 +316,7 @@ class ShardCache:
         path = self.folder / f"{entry.name}.idx"
         if not path.exists():
             part = self.folder / f"{entry.name}.idx.part"
-            with _locked(part) as held:
+            with locked(part) as held:
                 assert held is not None  # it waits
                 if path.exists():
                     part.unlink()
@@ -397,7 +337,7 @@ class ShardCache:
         """Gives a complete file its name, for good."""
         # Under the folder's lock: a listing may miss a file that is renamed meanwhile, and what is
         # not counted would let the cache grow beyond its limit.
-        with _locked(self.folder / "lock"):
+        with locked(self.folder / "lock"):
             part.rename(path)
         descriptor = os.open(self.folder, os.O_RDONLY)
         try:

@@ -30,10 +30,12 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.files import write_atomically
 from data_pipeline.fingerprints import PRINT, PrintUnit, make_prints, stored_prints, units_of
-from data_pipeline.index import load_index, write_atomically
+from data_pipeline.index import load_index
 from data_pipeline.indexing import data_folders
-from data_pipeline.manifest import Manifest, load_manifest, write_keep
+from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.manifest_writer import write_keep
 from data_pipeline.parallel import gather, my_part, run_units, shares, together
 from data_pipeline.phash import MAX_DISTANCE, NO_HASH, PHASH_VERSION, nearest
 

@@ -20,7 +20,8 @@ import xxhash
 
 from data_pipeline.decode import image_size
 from data_pipeline.faults import SkipSample
-from data_pipeline.index import load_index, write_atomically
+from data_pipeline.files import write_atomically
+from data_pipeline.index import load_index
 from data_pipeline.manifest import Manifest
 from data_pipeline.phash import PHASH_VERSION, picture_hash
 from data_pipeline.records import image_members

@@ -15,8 +15,6 @@ import json
 import mmap
 import os
 import re
-import shlex
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from data_pipeline.compressed import refuse_compressed
+from data_pipeline.files import write_atomically
 from data_pipeline.tar_headers import REMEDY, Member, ShardError, walk
 
 __all__ = [
-    "COMPRESSED",
     "INDEX_VERSION",
     "MAX_MEMBER_BYTES",
     "IndexedMember",
@@ -37,11 +36,9 @@ __all__ = [
     "build_index",
     "checksum",
     "current_index",
-    "decompress_command",
     "index_path",
     "load_index",
     "open_index",
-    "write_atomically",
 ]
 
 INDEX_VERSION = 2
@@ -58,14 +55,6 @@ _HASH_STEP = 1 << 18
 # without a new time.
 _SETTLED_NS = 20_000_000
 
-# Compressed shards: suffix -> (magic bytes, command that decompresses in place).
-COMPRESSED = {
-    ".tar.gz": (b"\x1f\x8b", "gunzip"),
-    ".tgz": (b"\x1f\x8b", "gunzip"),
-    ".tar.zst": (b"\x28\xb5\x2f\xfd", "zstd -d --rm"),
-    ".tar.bz2": (b"BZh", "bunzip2"),
-    ".tar.xz": (b"\xfd7zXZ\0", "unxz"),
-}
 _DTYPES = {
     "block": ("<u4",),
     "size": ("<u4",),
@@ -234,55 +223,9 @@ def _collect(data: mmap.mmap, view: memoryview, path: Path) -> tuple[_Columns, s
     return columns, whole.hexdigest()
 
 
-def _refuse_compressed(data: mmap.mmap, path: Path) -> None:
-    for suffix, (magic, _) in COMPRESSED.items():
-        if data[: len(magic)] == magic:
-            named = path.with_name(path.name.removesuffix(".tar") + suffix)
-            move = f"mv {shlex.quote(str(path))} {shlex.quote(str(named))}"
-            raise ShardError(
-                f"{path}: a compressed shard cannot be read by position; run: "
-                f"{move} && {decompress_command(path.parent, named.name)}"
-            )
-
-
-def decompress_command(folder: Path, name: str) -> str:
-    """The shell command that turns compressed shards into indexed tars.
-
-    Args:
-        name: of a shard in `folder`, or "*.tar.gz" and the like for all of them.
-    """
-    tool = next(tool for suffix, (_, tool) in COMPRESSED.items() if name.endswith(suffix))
-    where = shlex.quote(str(folder))
-    what = name if name.startswith("*") else shlex.quote(name)
-    return f"{tool} {where}/{what} && espalier data index {where}"
-
-
 def index_path(tar_path: Path) -> Path:
     """Where the index of a shard lies: beside it, X.tar.idx."""
     return tar_path.with_name(tar_path.name + ".idx")
-
-
-def write_atomically(path: Path, chunks: list[bytes], mtime_ns: int | None = None) -> None:
-    """Writes beside `path`, syncs, then renames: a reader sees the old file or the new one.
-
-    Args:
-        mtime_ns: time of change the file shall have.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        if mtime_ns is not None:
-            os.utime(temporary, ns=(mtime_ns, mtime_ns))
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _serialized(columns: _Columns, facts: dict[str, Any]) -> list[bytes]:
@@ -318,7 +261,7 @@ def build_index(tar_path: Path) -> ShardIndex:
             raise ShardError(f"{tar_path}: the shard is empty (0 bytes). {REMEDY}")
         with mmap.mmap(file.fileno(), found.st_size, access=mmap.ACCESS_READ) as data:
             data.madvise(mmap.MADV_SEQUENTIAL)
-            _refuse_compressed(data, tar_path)
+            refuse_compressed(data, tar_path)
             with memoryview(data) as view:
                 columns, xxh3 = _collect(data, view, tar_path)
         after = os.fstat(file.fileno())

@@ -17,14 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_pipeline.index import COMPRESSED, ShardError, decompress_command, load_index
-from data_pipeline.manifest import (
-    MANIFEST_NAME,
-    OWN_VALUES,
-    Manifest,
-    load_manifest,
-    write_manifest,
-)
+from data_pipeline.compressed import COMPRESSED, decompress_command
+from data_pipeline.index import ShardError, load_index
+from data_pipeline.manifest import MANIFEST_NAME, OWN_VALUES, Manifest, load_manifest
+from data_pipeline.manifest_writer import write_manifest
 from data_pipeline.parallel import gather, my_part, run_units, together
 from data_pipeline.records import TASKS
 from data_pipeline.survey import ShardFacts, survey

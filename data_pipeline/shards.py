@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_pipeline.index import build_index
-from data_pipeline.manifest import write_manifest
+from data_pipeline.manifest_writer import write_manifest
 
 __all__ = ["ShardSet", "check_key", "clear_shards", "dump_json", "write_shard"]
 

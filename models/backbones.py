@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.config import TextConfig, VisionConfig
+from models.part_configs import TextConfig, VisionConfig
 
 __all__ = ["hf_fields", "resolve", "timm_fields", "timm_module_fields"]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import Attention, LayerCache
-from models.config import TextConfig
 from models.layers import BertLayer, Recorder, run_block
 from models.outputs import Capture, EncoderOutput
+from models.part_configs import TextConfig
 from models.streams import BlockTrim
 from models.trim_config import TrimmingConfig
 from models.trim_pass import Context, TextPass, text_trimmers

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from models.bert import DecoderCache, TextEmbeddings, bert_layer, run_layers
-from models.config import DecoderConfig, TextConfig
 from models.heads import TokenHead
 from models.outputs import Capture, EncoderOutput
+from models.part_configs import DecoderConfig, TextConfig
 
 __all__ = ["AnswerDecoder", "DecoderOutput", "scored"]
 

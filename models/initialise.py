@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from models.config import ModelConfig, TextConfig
+from models.config import ModelConfig
+from models.part_configs import TextConfig
 from models.vision import resize_positions
 from models.xvlm import XVLM
 

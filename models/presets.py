@@ -11,7 +11,8 @@ import difflib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from models.config import ImageFusionConfig, ModelConfig, TextConfig, VisionConfig
+from models.config import ModelConfig
+from models.part_configs import ImageFusionConfig, TextConfig, VisionConfig
 
 if TYPE_CHECKING:
     from models.xvlm import XVLM

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from models.config import HEADS, PAIRED, ModelConfig, TextConfig
+from models.config import HEADS, PAIRED, ModelConfig
+from models.part_configs import TextConfig
 from models.xvlm import XVLM
 
 __all__ = [

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from models.attention import LayerCache
-from models.config import TextConfig, VisionConfig
 from models.outputs import TrimRecord
 from models.packing import Packing
+from models.part_configs import TextConfig, VisionConfig
 from models.streams import BlockTrim, TokenStream
 from models.trim_config import TrimmingConfig
 from models.trimmers import Trimmers

@@ -23,10 +23,10 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from models.attention import Attention
-from models.config import VisionConfig
 from models.layers import FeedForward, Recorder, ViTBlock, run_block
 from models.outputs import Capture, EncoderOutput
 from models.packing import masked_mean
+from models.part_configs import VisionConfig
 from models.streams import TokenStream
 from models.trim_config import TrimmingConfig
 from models.trim_pass import ImagePass, vision_trimmers

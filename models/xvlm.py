@@ -11,21 +11,21 @@ by `external_parameters`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast, get_args, overload
+from typing import Any, get_args, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import io
 from models.attention import Attention
 from models.bert import DecoderCache, ImageMasks, Images, TextStack, initialise_bert
 from models.compiled import compiled
-from models.config import HEADS, ModelConfig
-from models.decoder import AnswerDecoder, DecoderOutput, scored
+from models.config import ModelConfig
+from models.decoder import DecoderOutput, scored
+from models.form_heads import FormHeads
 from models.gates import GateSlot
-from models.heads import ContrastiveTemperature, FeatureProjection, MlpHead, TokenHead
 from models.layers import BertLayer, FeedForward, ViTBlock
 from models.outputs import Capture, EncoderOutput
 from models.trim_config import TrimMode
@@ -36,26 +36,14 @@ from models.vision import RegionOutput, VisionEncoder
 __all__ = ["XVLM", "DecoderOutput", "RegionOutput"]
 
 _NOTHING = Capture()
-_TOKEN_HEADS = ("mlm_head", "lm_head")  # their output weight is the text encoder's word table
 
 
-class XVLM(nn.Module):
+class XVLM(FormHeads):
     """A vision-language model as its configuration says.
 
     `config.HEADS` lists the modules of each form; a method that needs one which the form has not
     raises a ValueError that says so. Fresh weights are drawn from torch's global generator.
     """
-
-    image_projection: FeatureProjection
-    text_projection: FeatureProjection
-    contrastive: ContrastiveTemperature
-    itm_head: MlpHead
-    bbox_head: MlpHead
-    cls_head: MlpHead
-    mlm_head: TokenHead
-    lm_head: TokenHead
-    ta_head: nn.Linear
-    decoder: AnswerDecoder | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -63,9 +51,7 @@ class XVLM(nn.Module):
         self.vision = VisionEncoder(config.vision, config.trimming, config.text.width)
         self.text = TextStack(config.text, config.context_width, config.trimming)
         self.image_fusion = None if config.image_fusion is None else ImageFusion(config)
-        self.decoder = None
-        for name in HEADS[config.form]:
-            setattr(self, name, _head(name, config))
+        self._add_heads()
         self._pixel_constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._compiled: dict[str, Callable[..., Any]] = {}
         self._initialise()
@@ -246,56 +232,6 @@ class XVLM(nn.Module):
         """An empty cache for `decode`."""
         return DecoderCache(len(self.text.layers if self.decoder is None else self.decoder.layers))
 
-    # --- heads ----------------------------------------------------------------------------------
-
-    def _need(self, part: str) -> None:
-        """Raises ValueError when the form has no such module."""
-        if part not in HEADS[self.config.form]:
-            raise ValueError(
-                f"a model of form {self.config.form!r} has no {part}; it has "
-                f"{', '.join(HEADS[self.config.form])}"
-            )
-
-    def image_feature(self, image_states: Tensor) -> Tensor:
-        """(N, P, D) -> (N, E) float32, unit rows."""
-        self._need("image_projection")
-        return self.image_projection(image_states)
-
-    def text_feature(self, text_states: Tensor) -> Tensor:
-        """(B, L, D) -> (B, E) float32, unit rows."""
-        self._need("text_projection")
-        return self.text_projection(text_states)
-
-    def temperature(self) -> Tensor:
-        """(1,) float32 in [0.001, 0.5]; similarities are divided by it."""
-        self._need("contrastive")
-        return self.contrastive()
-
-    def match_logits(self, fused: Tensor) -> Tensor:
-        """(B, L, D) -> (B, 2); class 1 says that image and text belong together."""
-        self._need("itm_head")
-        return self.itm_head(fused)
-
-    def predict_box(self, fused: Tensor) -> Tensor:
-        """(B, L, D) -> (B, 4) float32 normalised (cx, cy, w, h)."""
-        self._need("bbox_head")
-        return self.bbox_head(fused).float().sigmoid()
-
-    def truth_logits(self, fused: Tensor) -> Tensor:
-        """NLVR2: (B, L, D) -> (B, 2); class 1 says that the sentence is true of the two images."""
-        self._need("cls_head")
-        return self.cls_head(fused)
-
-    def assignment_logits(self, fused: Tensor) -> Tensor:
-        """Domain stage of NLVR2: (B, L, D) -> (B, 3); the text fits image 0, image 1, or neither."""
-        self._need("ta_head")
-        return self.ta_head(fused[:, 0])
-
-    def mlm_logits(self, states: Tensor, positions: Tensor) -> Tensor:
-        """states (B, L, D), positions (B, M) int64 -> (B, M, V)."""
-        self._need("mlm_head")
-        return self.mlm_head(states, positions, word_weight=self.text.embeddings.word.weight)
-
     # --- what training and pruning ask ------------------------------------------------------------
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
@@ -369,57 +305,6 @@ class XVLM(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along: a compiled pass would run on this object's weights."""
         return self.__dict__ | {"_compiled": {}}
-
-    def external_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
-        """(module, parameter) pairs where a module's forward reads a parameter it does not own.
-
-        An engine that partitions parameters registers each (ZeRO-3: register_external_parameter).
-        """
-        pairs: list[tuple[nn.Module, Tensor]] = [
-            (getattr(self, name), self.text.embeddings.word.weight)
-            for name in HEADS[self.config.form]
-            if name in _TOKEN_HEADS
-        ]
-        if self.decoder is not None:
-            pairs.append((self.decoder.head, self.decoder.embeddings.word.weight))
-        return cast(list[tuple[nn.Module, nn.Parameter]], pairs)
-
-    def touch(self, names: Iterable[str]) -> Tensor:
-        """A zero that depends on every parameter of the named parts, through their own forwards.
-
-        For steps in which a part has nothing to do: sharded engines need a gradient for each
-        parameter in every step. Names: the form's modules in `config.HEADS`; the contrastive
-        temperature goes by the name "temperature" too.
-
-        Returns:
-            A float32 scalar, exactly 0.
-
-        Raises:
-            ValueError: on a part that this model does not have.
-        """
-        word = self.text.embeddings.word.weight  # only device and dtype are read here
-        total = torch.zeros((), device=word.device)
-        for name in sorted(names):  # sorted: every rank runs the modules in one order
-            total = total + 0.0 * self._dummy_run(name, word).float().sum()
-        return total
-
-    def _dummy_run(self, name: str, word: Tensor) -> Tensor:
-        name = "contrastive" if name == "temperature" else name
-        if name not in HEADS[self.config.form]:
-            known = ", ".join(HEADS[self.config.form])
-            raise ValueError(
-                f"touch: no part {name!r} in a model of form {self.config.form!r}; it has {known}"
-            )
-        part = getattr(self, name)
-        width = self.config.vision.width if name == "image_projection" else self.config.text.width
-        tokens = self.config.fused_tokens
-        states = torch.ones(1, tokens, width, device=word.device, dtype=word.dtype)
-        if isinstance(part, AnswerDecoder):
-            ids = torch.zeros(1, 1, dtype=torch.int64, device=word.device)
-            return part(ids, None, states, None).logits
-        if isinstance(part, ContrastiveTemperature):
-            return part()
-        return part(states, word_weight=word) if name in _TOKEN_HEADS else part(states)
 
     def _gated(self) -> Iterator[tuple[str, Attention | FeedForward]]:
         """Every prunable sub-layer by the name of its gate."""
@@ -500,23 +385,3 @@ def _gated_cross(prefix: str, layer: BertLayer) -> Iterator[tuple[str, Attention
     yield f"{prefix}.self_heads", layer.attention
     yield f"{prefix}.cross_heads", layer.cross_attention
     yield f"{prefix}.ffn", layer.ffn
-
-
-def _head(name: str, config: ModelConfig) -> nn.Module:
-    """A module that stands beside the encoders, by its name in `HEADS`."""
-    text, width, tokens = config.text, config.text.width, config.fused_tokens
-    if name == "decoder":
-        assert config.decoder is not None  # the configuration checks it
-        return AnswerDecoder(config.decoder, text)
-    makers: dict[str, Callable[[], nn.Module]] = {
-        "image_projection": lambda: FeatureProjection(config.vision.width, config.embed_dim),
-        "text_projection": lambda: FeatureProjection(width, config.embed_dim),
-        "contrastive": ContrastiveTemperature,
-        "itm_head": lambda: MlpHead(width, 2, tokens),
-        "bbox_head": lambda: MlpHead(width, 4, tokens),
-        "mlm_head": lambda: TokenHead(width, text.vocab_size, text.norm_eps, text.word_width),
-        "lm_head": lambda: TokenHead(width, text.vocab_size, text.norm_eps, text.word_width),
-        "cls_head": lambda: MlpHead(width, 2, tokens),
-        "ta_head": lambda: nn.Linear(width, 3),
-    }
-    return makers[name]()

@@ -19,7 +19,8 @@ from models.kernels import dispatch as kernels
 from models.xvlm import XVLM
 from train.checkpoint.manager import CheckpointManager
 from train.checkpoint.state import plain_config
-from train.config import RemoteConfig, RunConfig, SourceConfig
+from train.config import RunConfig
+from train.data_config import RemoteConfig, SourceConfig
 from train.evaluation.captioning import CaptionWriter
 from train.evaluation.pictures import pretrain_pictures, vqa_pictures
 from train.evaluation.pretrain import evaluate_pretraining

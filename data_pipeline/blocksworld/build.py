@@ -25,7 +25,7 @@ from data_pipeline.blocksworld.questions import ANSWERS, DEFAULT_MIX, TYPES, que
 from data_pipeline.blocksworld.render import encode, render
 from data_pipeline.blocksworld.scenes import COLOURS, SHAPES, SPLITS, Scene, draw_scene
 from data_pipeline.blocksworld.vocabulary import vocabulary, write_tokenizer
-from data_pipeline.manifest import write_manifest
+from data_pipeline.manifest_writer import write_manifest
 from data_pipeline.parallel import map_ordered, worker_pool
 from data_pipeline.progress import progress
 from data_pipeline.shards import clear_shards, dump_json, write_shard

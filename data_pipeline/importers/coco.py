@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.importers.annotations import coco_names, one_line
-from data_pipeline.importers.common import Counts, ImportItem, PictureFinder, run_import
+from data_pipeline.importers.common import Counts, PictureFinder, run_import
 from data_pipeline.importers.json_stream import read_lists
+from data_pipeline.importers.unit import ImportItem
 from data_pipeline.shards import dump_json
 
 __all__ = [

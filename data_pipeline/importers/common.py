@@ -28,60 +28,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# In the server of the pool, not in each worker: it imports torch.
-import webdataset.writer  # noqa: F401
 import xxhash
 
-from data_pipeline.faults import SkipSample
-from data_pipeline.importers.boxes import check_frame, fit_boxes, read_frame
 from data_pipeline.importers.pictures import (
     Picture,
     PictureFinder,
-    PictureReader,
-    Prepared,
-    prepare_picture,
     safe_path,
 )
-from data_pipeline.manifest import write_manifest
+from data_pipeline.importers.unit import (
+    ACCOUNTS,
+    ImportItem,
+    Job,
+    Unit,
+    import_unit,
+    read_account,
+    write_text,
+)
+from data_pipeline.manifest_writer import write_manifest
 from data_pipeline.parallel import my_part, run_units, shares, together
-from data_pipeline.records import TASKS, RecordError, parse_record
-from data_pipeline.shards import check_key, dump_json, write_shard
+from data_pipeline.records import TASKS
+from data_pipeline.shards import check_key
 
-__all__ = [
-    "Counts",
-    "ImportItem",
-    "LazyItems",
-    "Picture",
-    "PictureFinder",
-    "run_import",
-    "safe_path",
-]
+__all__ = ["Counts", "LazyItems", "Picture", "PictureFinder", "run_import", "safe_path"]
 
 IMPORT_NAME = "import.json"
 SKIPPED_NAME = "skipped.jsonl"
 _VERSION = 1
-_ACCOUNTS = ".import"
 # Larger inputs are told apart by their size and their ends.
 _WHOLE_HASH = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class ImportItem:
-    """One sample to be.
-
-    Attributes:
-        key: unique, and a valid webdataset key (`check_key`).
-        pictures: one, or two for nlvr2.
-        record: what `records.parse_record` expects of the task, or its JSON (a tenth of the memory
-            where there are millions of boxes). "width" and "height" are the frame of its boxes;
-            None is filled in from the picture.
-        drop: why the item is left out, listed and counted; "" imports it.
-    """
-
-    key: str
-    pictures: tuple[Picture, ...]
-    record: dict[str, Any] | bytes
-    drop: str = ""
 
 
 class LazyItems(Sequence[ImportItem]):
@@ -110,136 +84,6 @@ class Counts:
         shown = {"images": self.images, "samples": self.samples, "skipped": self.skipped}
         shown |= {"shards": self.shards} | self.details
         return ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in shown.items())
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What every unit of an import needs to know."""
-
-    folder: Path
-    task: str
-    max_side: int
-    skip_bad: bool
-
-
-@dataclass(frozen=True)
-class _Unit:
-    number: int
-    items: Sequence[ImportItem]
-
-
-# -- one sample -----------------------------------------------------------------------------------
-
-
-def _members(
-    job: _Job, item: ImportItem, reader: PictureReader, details: Counter[str]
-) -> dict[str, bytes]:
-    """The members of one sample: extension -> bytes. Raises SkipSample."""
-    data = json.loads(item.record) if isinstance(item.record, bytes) else dict(item.record)
-    frame = read_frame(data)
-    prepared: list[Prepared] = []
-    for picture in item.pictures:
-        try:
-            prepared.append(prepare_picture(reader.read(picture), job.max_side, frame))
-        except SkipSample as bad:
-            which = f"{picture}: " if len(item.pictures) > 1 else ""
-            raise SkipSample(bad.kind, which + bad.reason) from None
-    found: Counter[str] = Counter()
-    if "width" in data:
-        shown = prepared[0]
-        if frame is not None:
-            check_frame(frame, shown.frame)
-        size = (shown.width, shown.height)
-        found = fit_boxes(data, frame or shown.frame, size)
-        data["width"], data["height"] = size
-        if not any(data.get(name) for name in ("captions", "elems", "expressions")):
-            raise SkipSample("drop", "no caption, and no box of a pixel or more")
-    lists = ("captions", "elems", "expressions", "questions", "statements")
-    found.update({name: len(data[name]) for name in lists if isinstance(data.get(name), list)})
-    raw = dump_json(data)
-    try:
-        parse_record(job.task, raw, str(job.folder), item.key)
-    except RecordError as error:
-        raise SkipSample("record", error.reason) from None
-    members = {}
-    for number, picture in enumerate(prepared):
-        name = f"{number}.{picture.extension}" if len(prepared) > 1 else picture.extension
-        members[name] = picture.raw
-        found.update(f"images_{change}" for change in picture.changes)
-    details.update(found)
-    return members | {"json": raw}
-
-
-# -- one shard ------------------------------------------------------------------------------------
-
-
-def _account_path(folder: Path, number: int) -> Path:
-    return folder / _ACCOUNTS / f"{number:06d}.json"
-
-
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:06d}.tar"
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Beside `path` first: a reader sees the old file or the new one."""
-    partial_file = path.with_name(path.name + ".partial")
-    partial_file.write_text(text, encoding="utf-8")
-    partial_file.replace(path)
-
-
-def _account(job: _Job, number: int) -> dict[str, Any] | None:
-    """The account of a finished unit; None where it has to be done (again)."""
-    try:
-        account = json.loads(_account_path(job.folder, number).read_bytes())
-        shard = _shard_path(job.folder, number)
-        if account["samples"] and shard.stat().st_size != account["bytes"]:
-            return None
-        # What was left out is an error now: the unit is done again, and says so.
-        return None if account["bad"] and not job.skip_bad else account
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _import_unit(job: _Job, unit: _Unit) -> None:
-    """Writes one shard and its account.
-
-    Raises: ValueError for a sample that cannot be used, without --skip-bad.
-    """
-    details: Counter[str] = Counter()
-    skipped: list[dict[str, str]] = []
-    account = {"samples": 0, "images": 0, "bytes": 0, "bad": 0}
-
-    def samples() -> Iterable[tuple[str, dict[str, bytes]]]:
-        with PictureReader() as reader:
-            for item in unit.items:
-                try:
-                    if item.drop:
-                        raise SkipSample("drop", item.drop)
-                    yield item.key, _members(job, item, reader, details)
-                    account["images"] += len(item.pictures)
-                except SkipSample as bad:
-                    if bad.kind != "drop" and not job.skip_bad:
-                        raise ValueError(
-                            f"{_files(item)}: sample {item.key}: {bad.reason}. Add or repair it, "
-                            "or use --skip-bad to leave such samples out and list them"
-                        ) from None
-                    account["bad"] += bad.kind != "drop"
-                    line = {"key": item.key, "file": _files(item), "reason": bad.reason}
-                    skipped.append(line)
-
-    account["samples"] = write_shard(job.folder, unit.number, samples())
-    if account["samples"]:
-        account["bytes"] = _shard_path(job.folder, unit.number).stat().st_size
-    content = account | {"skipped": skipped, "details": details}
-    _write_text(_account_path(job.folder, unit.number), json.dumps(content))
-
-
-def _files(item: ImportItem) -> str:
-    return ", ".join(str(picture) for picture in item.pictures)
-
-
-# -- the whole import -----------------------------------------------------------------------------
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -284,8 +128,8 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
     except FileNotFoundError:
         if any(folder.glob("*.tar")) or (folder / "manifest.json").exists():
             raise ValueError(f"{folder} already holds shards of something else; {remedy}") from None
-        (folder / _ACCOUNTS).mkdir(exist_ok=True)
-        _write_text(folder / IMPORT_NAME, json.dumps(plan, indent=1) + "\n")
+        (folder / ACCOUNTS).mkdir(exist_ok=True)
+        write_text(folder / IMPORT_NAME, json.dumps(plan, indent=1) + "\n")
         return
     except ValueError as error:
         raise ValueError(f"{folder / IMPORT_NAME}: damaged ({error}); {remedy}") from None
@@ -297,16 +141,16 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
             )
     for stale in (*folder.glob("*.partial"), *folder.glob(".*.idx.*")):
         stale.unlink(missing_ok=True)
-    (folder / _ACCOUNTS).mkdir(exist_ok=True)
+    (folder / ACCOUNTS).mkdir(exist_ok=True)
 
 
-def _finish(job: _Job, source: str, split: str, units: int, left_out: Mapping[str, int]) -> None:
+def _finish(job: Job, source: str, split: str, units: int, left_out: Mapping[str, int]) -> None:
     """Adds the accounts up; writes skipped.jsonl and the manifest."""
     totals: Counter[str] = Counter()
     details: Counter[str] = Counter()
     skipped: list[str] = []
     for number in range(units):
-        account = _account(job, number)
+        account = read_account(job, number)
         if account is None:
             raise ValueError(
                 f"{job.folder}: shard {number} vanished while it was imported; run this again"
@@ -315,13 +159,13 @@ def _finish(job: _Job, source: str, split: str, units: int, left_out: Mapping[st
         details.update(account["details"])
         skipped += [json.dumps(line, ensure_ascii=False) + "\n" for line in account["skipped"]]
     if not totals["samples"]:
-        shutil.rmtree(job.folder / _ACCOUNTS)
+        shutil.rmtree(job.folder / ACCOUNTS)
         (job.folder / IMPORT_NAME).unlink()
         first = f"; the first: {skipped[0].strip()}" if skipped else ""
         raise ValueError(f"{source}: none of the {len(skipped)} items can be used{first}")
     details.update(left_out)
     if skipped:
-        _write_text(job.folder / SKIPPED_NAME, "".join(skipped))
+        write_text(job.folder / SKIPPED_NAME, "".join(skipped))
     extra = {
         "source": source,
         "max_side": job.max_side,
@@ -330,7 +174,7 @@ def _finish(job: _Job, source: str, split: str, units: int, left_out: Mapping[st
         "counts": {name: number for name, number in sorted(details.items()) if number},
     }
     write_manifest(job.folder, job.task, split, extra)
-    shutil.rmtree(job.folder / _ACCOUNTS, ignore_errors=True)
+    shutil.rmtree(job.folder / ACCOUNTS, ignore_errors=True)
 
 
 def _counts(folder: Path) -> Counts:
@@ -390,7 +234,7 @@ def run_import(
     Raises: ValueError / FileNotFoundError naming file, sample and remedy.
     """
     _check(task, split, max_side, per_shard)
-    job = _Job(out / task / split, task, max_side, skip_bad)
+    job = Job(out / task / split, task, max_side, skip_bad)
     rank, _ = shares()
     with together():
         if rank == 0:
@@ -401,13 +245,13 @@ def run_import(
             _begin(job.folder, plan)
     if not (job.folder / "manifest.json").exists():
         starts = range(0, len(items), per_shard)
-        numbers = [n for n in my_part(range(len(starts))) if _account(job, n) is None]
+        numbers = [n for n in my_part(range(len(starts))) if read_account(job, n) is None]
         if rank == 0 and len(numbers) < len(my_part(range(len(starts)))):
             print(f"{job.folder}: going on with {len(numbers)} shards", file=sys.stderr)
-        units = [_Unit(n, items[starts[n] : starts[n] + per_shard]) for n in numbers]
+        units = [Unit(n, items[starts[n] : starts[n] + per_shard]) for n in numbers]
         label = f"{source} ({task})"
         with together():
-            work = partial(_import_unit, job)
+            work = partial(import_unit, job)
             run_units(work, units, processes, label, "images", lambda unit: len(unit.items))
         with together():
             if rank == 0:

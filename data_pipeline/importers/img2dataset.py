@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from data_pipeline.importers.common import Counts, ImportItem, LazyItems, Picture, run_import
+from data_pipeline.importers.common import Counts, LazyItems, Picture, run_import
+from data_pipeline.importers.unit import ImportItem
 from data_pipeline.index import build_index, load_index
-from data_pipeline.manifest import write_manifest
+from data_pipeline.manifest_writer import write_manifest
 from data_pipeline.parallel import my_part, run_units, shares, together
 from data_pipeline.records import IMAGE_EXTENSIONS
 from data_pipeline.tar_headers import ShardError, walk

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.importers import annotations as source
-from data_pipeline.importers.common import Counts, ImportItem, PictureFinder, run_import
+from data_pipeline.importers.common import Counts, PictureFinder, run_import
+from data_pipeline.importers.unit import ImportItem
 from data_pipeline.shards import dump_json
 
 __all__ = ["Pair", "build_nlvr2", "read_pairs"]

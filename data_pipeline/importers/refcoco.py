@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data_pipeline.importers import annotations as source
-from data_pipeline.importers.common import Counts, ImportItem, PictureFinder, run_import
+from data_pipeline.importers.common import Counts, PictureFinder, run_import
 from data_pipeline.importers.json_stream import read_lists
+from data_pipeline.importers.unit import ImportItem
 from data_pipeline.shards import dump_json
 
 __all__ = ["Referred", "build_refcoco", "read_plain_pickle", "read_referred"]

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.importers.annotations import one_line
-from data_pipeline.importers.common import Counts, ImportItem, PictureFinder, run_import
+from data_pipeline.importers.common import Counts, PictureFinder, run_import
 from data_pipeline.importers.json_stream import read_list
+from data_pipeline.importers.unit import ImportItem
 from data_pipeline.shards import dump_json
 
 __all__ = ["CAPTIONS", "GenomeFiles", "GenomeImage", "build_visual_genome", "read_images"]

@@ -25,10 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import write_atomically
 from data_pipeline.importers import annotations as source
-from data_pipeline.importers.common import Counts, ImportItem, PictureFinder, run_import
+from data_pipeline.importers.common import Counts, PictureFinder, run_import
 from data_pipeline.importers.json_stream import read_lists
-from data_pipeline.index import write_atomically
+from data_pipeline.importers.unit import ImportItem
 from data_pipeline.parallel import shares
 from data_pipeline.shards import dump_json
 

@@ -18,8 +18,8 @@ from models.checkpoints.conversion import (
     matches,
     spread,
 )
-from models.config import TextConfig
 from models.initialise import default_map
+from models.part_configs import TextConfig
 from models.xvlm import XVLM
 
 __all__ = ["config_of", "from_bert", "load"]

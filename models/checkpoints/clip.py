@@ -19,8 +19,8 @@ from models.checkpoints.conversion import (
     load_converted,
     spread,
 )
-from models.config import VisionConfig
 from models.initialise import default_map
+from models.part_configs import VisionConfig
 from models.vision import VisionEncoder
 
 __all__ = ["config_of", "from_clip", "load", "sizes_of"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpoints.files import read_weights
-from models.config import VisionConfig
+from models.part_configs import VisionConfig
 from models.vision import resize_positions
 
 __all__ = [

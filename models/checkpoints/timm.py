@@ -18,7 +18,7 @@ from models.checkpoints.conversion import (
     grid_of,
     load_converted,
 )
-from models.config import Activation, VisionConfig
+from models.part_configs import Activation, VisionConfig
 from models.vision import VisionEncoder
 
 __all__ = ["config_of", "from_timm", "load"]

@@ -22,7 +22,8 @@ from models.checkpoints.conversion import (
     load_converted,
 )
 from models.checkpoints.xvlm_names import names, rename, rules, text_prefix
-from models.config import HEADS, PAIRED, DecoderConfig, Form, ModelConfig, TextConfig, VisionConfig
+from models.config import HEADS, PAIRED, Form, ModelConfig
+from models.part_configs import DecoderConfig, TextConfig, VisionConfig
 from models.xvlm import XVLM
 
 __all__ = ["config_of", "form_of", "from_published", "load", "to_published"]

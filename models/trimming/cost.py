@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.config import PAIRED, ModelConfig, TextConfig, VisionConfig
+from models.config import PAIRED, ModelConfig
 from models.outputs import EncoderOutput, TrimRecord
+from models.part_configs import TextConfig, VisionConfig
 from models.summary import decoder_macs, text_macs, vision_macs
 from models.trim_config import TrimmingConfig
 

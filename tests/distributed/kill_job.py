@@ -22,7 +22,7 @@ import torch.distributed as dist
 from data_pipeline.batches import PretrainBatch
 from data_pipeline.loader import Loader, build_loader
 from data_pipeline.text import load_tokenizer
-from train.config import RegionConfig, SourceConfig
+from train.data_config import RegionConfig, SourceConfig
 from train.runtime.distributed import finish, start
 from train.runtime.step import keyed_generator
 

@@ -319,7 +319,7 @@ def test_launcher_puts_local_rank_before_the_verb() -> None:
     beside = Path(sys.executable).with_name("deepspeed")
     launcher = str(beside) if beside.is_file() else shutil.which("deepspeed")
     assert launcher is not None
-    from train.runtime.distributed import free_port
+    from train.runtime.ranks import free_port
 
     done = subprocess.run(
         [launcher, "--num_accelerators", "2", "--master_port", str(free_port())]

@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.blocksworld.build import build_blocksworld
 from data_pipeline.index import build_index
-from data_pipeline.manifest import write_manifest
+from data_pipeline.manifest_writer import write_manifest
 from train.main import main
 
 

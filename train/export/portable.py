@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from train.export import check
-from train.export.graphs import Graph, graphs_of, limits
+from train.export.graphs import graphs_of
+from train.export.ports import Graph, limits
 from train.export.safetensors import copy_companions
 
 if TYPE_CHECKING:

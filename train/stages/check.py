@@ -8,7 +8,8 @@ import difflib
 import logging
 from pathlib import Path
 
-from train.config import KdConfig, RegionConfig, RunConfig
+from train.config import KdConfig, RunConfig
+from train.data_config import RegionConfig
 from train.pruning.check import check_budget
 
 __all__ = ["check_stage"]

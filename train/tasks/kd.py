@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from models.config import ModelConfig, TextConfig
+from models.config import ModelConfig
 from models.outputs import AttentionTrace, Capture, EncoderOutput
+from models.part_configs import TextConfig
 from train.config import KdConfig
 from train.losses.distillation import (
     LayerPairs,

@@ -15,7 +15,7 @@ import webdataset as wds
 from PIL import Image
 
 from data_pipeline import parallel
-from data_pipeline.manifest import write_manifest
+from data_pipeline.manifest_writer import write_manifest
 
 WORDS = [
     "what",

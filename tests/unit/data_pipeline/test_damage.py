@@ -14,7 +14,8 @@ import pytest
 import webdataset as wds
 
 from data_pipeline.index import ShardError, load_index
-from data_pipeline.manifest import load_manifest, write_manifest
+from data_pipeline.manifest import load_manifest
+from data_pipeline.manifest_writer import write_manifest
 from data_pipeline.remote import RemoteOptions
 from data_pipeline.storage import storage_for
 from data_pipeline.stream import ShardReader

@@ -13,7 +13,8 @@ from data_pipeline import filters, fingerprints
 from data_pipeline.filters import FilterRules, apply
 from data_pipeline.fingerprints import PRINT, prints_path
 from data_pipeline.index import ShardError
-from data_pipeline.manifest import load_manifest, write_manifest
+from data_pipeline.manifest import load_manifest
+from data_pipeline.manifest_writer import write_manifest
 from data_pipeline.shards import ShardSet, dump_json
 from data_pipeline.verify import verify
 from tests.unit.data_pipeline.published import encode, photo, verb

@@ -20,9 +20,10 @@ from data_pipeline.decode import decode_image
 from data_pipeline.faults import SkipSample
 from data_pipeline.importers import json_stream
 from data_pipeline.importers.boxes import fit_box
-from data_pipeline.importers.common import ImportItem, Picture, PictureFinder, run_import
+from data_pipeline.importers.common import Picture, PictureFinder, run_import
 from data_pipeline.importers.json_stream import read_list, read_lists
 from data_pipeline.importers.pictures import PictureReader, prepare_picture, safe_path
+from data_pipeline.importers.unit import ImportItem
 from data_pipeline.index import load_index
 from data_pipeline.manifest import load_manifest
 from data_pipeline.verify import read_members, verify
@@ -314,11 +315,11 @@ def test_shards_do_not_depend_on_processes(tmp_path):
 KILLED = """
 import os, sys
 from pathlib import Path
-from data_pipeline.importers import common
+from data_pipeline.importers import unit
 from tests.unit.data_pipeline.test_importer_common import do, make_items
 
 left = int(sys.argv[2])
-prepare = common.prepare_picture
+prepare = unit.prepare_picture
 
 def dying(*arguments):
     global left
@@ -327,13 +328,13 @@ def dying(*arguments):
         os._exit(9)
     return prepare(*arguments)
 
-common.prepare_picture = dying
+unit.prepare_picture = dying
 do(make_items(Path(sys.argv[1]) / "in"), Path(sys.argv[1]) / "out", processes=1)
 """
 
 
 def test_a_killed_import_goes_on_where_it_was(tmp_path, monkeypatch):
-    from data_pipeline.importers import common
+    from data_pipeline.importers import unit
 
     items = make_items(tmp_path / "in")
     whole = do(items, tmp_path / "whole", processes=1)
@@ -347,8 +348,8 @@ def test_a_killed_import_goes_on_where_it_was(tmp_path, monkeypatch):
     assert list(folder.glob("*.partial")), "the shard it was writing"
     (folder / ".shard-000003.tar.idx.x1").write_bytes(b"an index it was writing")
 
-    prepare, seen = common.prepare_picture, []
-    monkeypatch.setattr(common, "prepare_picture", lambda *a: seen.append(1) or prepare(*a))
+    prepare, seen = unit.prepare_picture, []
+    monkeypatch.setattr(unit, "prepare_picture", lambda *a: seen.append(1) or prepare(*a))
     assert do(items, tmp_path / "out", processes=1) == whole
     assert len(seen) == 11 - 3 * len(finished), "finished shards are not made again"
     assert tars(tmp_path / "out") == tars(tmp_path / "whole")

@@ -18,7 +18,8 @@ from PIL import Image
 from data_pipeline import commands
 from data_pipeline.index import ShardError
 from data_pipeline.indexing import data_folders, index_folder
-from data_pipeline.manifest import MANIFEST_NAME, load_manifest, write_keep
+from data_pipeline.manifest import MANIFEST_NAME, load_manifest
+from data_pipeline.manifest_writer import write_keep
 from data_pipeline.parallel import RankError
 from data_pipeline.shards import write_shard
 from data_pipeline.verify import verify

@@ -22,9 +22,8 @@ from data_pipeline.manifest import (
     keep_name,
     load_manifest,
     parse_manifest,
-    write_keep,
-    write_manifest,
 )
+from data_pipeline.manifest_writer import write_keep, write_manifest
 from data_pipeline.shards import write_shard
 from data_pipeline.survey import survey
 

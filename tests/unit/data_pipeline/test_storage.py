@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.index import ShardError, build_index, index_path
-from data_pipeline.manifest import Manifest, load_manifest, write_keep
+from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.manifest_writer import write_keep
 from data_pipeline.remote import TransientError
 from data_pipeline.sources.web import HttpSource
 from data_pipeline.storage import (

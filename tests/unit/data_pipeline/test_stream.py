@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from data_pipeline.faults import MAX_CONSECUTIVE, Fault, FaultError, FaultLedger
 from data_pipeline.index import ShardError
 from data_pipeline.loader import build_loader
-from data_pipeline.manifest import load_manifest, write_manifest
+from data_pipeline.manifest import load_manifest
+from data_pipeline.manifest_writer import write_manifest
 from data_pipeline.mixture import Mixture, Segment
 from data_pipeline.plan import Plan
 from data_pipeline.remote import RemoteOptions

@@ -18,7 +18,8 @@ from timm.models.vision_transformer import (
 
 from models import presets
 from models.backbones import hf_fields, timm_fields, timm_module_fields
-from models.config import ModelConfig, VisionConfig
+from models.config import ModelConfig
+from models.part_configs import VisionConfig
 from models.vision import VisionEncoder
 from models.xvlm import XVLM
 

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from models.backbones import timm_module_fields
 from models.checkpoints import timm as converter
-from models.config import VisionConfig
+from models.part_configs import VisionConfig
 from models.vision import VisionEncoder, resize_positions
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}

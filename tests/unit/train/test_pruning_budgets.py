@@ -20,7 +20,8 @@ from models.pruning.budget import Constraint, WidthCosts, bank_widths
 from models.pruning.latency import LatencyTable, kind_of
 from models.pruning.surgery import pruned_config, widths, with_widths
 from models.xvlm import XVLM
-from train.config import BudgetConfig, DataConfig, EvalConfig, PruneConfig, RunConfig
+from train.config import BudgetConfig, EvalConfig, PruneConfig, RunConfig
+from train.data_config import DataConfig
 from train.evaluation.workload import Workload
 from train.pruning import make
 from train.pruning.budgets import Measured, PruneBudget, SpeedupBudget

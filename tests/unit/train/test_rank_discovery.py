@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.distributed.spawn import ROOT
-from train.runtime.distributed import RANK_VARIABLES, discover_ranks, first_host
+from train.runtime.ranks import RANK_VARIABLES, discover_ranks, first_host
 
 SLURM = {
     "SLURM_PROCID": "5",

@@ -12,7 +12,8 @@ import torch
 from models import presets
 from models.checkpoints.build import RECORD
 from models.xvlm import XVLM
-from train.config import DataConfig, InitialiseConfig, OptimConfig, RunConfig, TeacherConfig
+from train.config import InitialiseConfig, OptimConfig, RunConfig, TeacherConfig
+from train.data_config import DataConfig
 from train.runtime.engine import parameter_groups
 from train.student import build_student
 
