@@ -196,6 +196,7 @@ class GateBank:
         self.costs = self._spread([row.cost for row in self.rows])
         self.total = float(self.costs.sum()) if total is None else float(total)
         self._index, self._padding = self._grid()
+        self._row = self._spread(list(range(len(self.rows)))).long()
         sizes = [self._slots[row.name].size for row in self.rows]
         self._multiples = torch.tensor([alignment // math.gcd(alignment, n) for n in sizes])
         self.to(device)
@@ -248,9 +249,8 @@ class GateBank:
         """Moves everything to `device`, in place; before an optimizer has seen the parameters."""
         self.log_alpha.data = self.log_alpha.data.to(device)
         self.multipliers.data = self.multipliers.data.to(device)
-        self.costs, self._index, self._padding, self._multiples = (
-            x.to(device) for x in (self.costs, self._index, self._padding, self._multiples)
-        )
+        for name in ("costs", "_index", "_padding", "_row", "_multiples"):
+            setattr(self, name, getattr(self, name).to(device))
         return self
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
@@ -260,6 +260,15 @@ class GateBank:
     def join(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Slot name -> (U,) values, put together to (G,)."""
         return torch.cat([parts[row.name].reshape(-1) for row in self.rows])
+
+    def by_row(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """(G,) values -> (R, max U) of them, and (R, max U) bool, True on padding, which repeats
+        the first value."""
+        return flat[self._index], self._padding
+
+    def by_gate(self, rows: Tensor) -> Tensor:
+        """(R,) values -> (G,), each repeated over the units of its row."""
+        return rows.index_select(0, self._row)
 
     def share(self, modality: str) -> Tensor:
         """(G,) bool, True on the gates of a modality. Raises ValueError when it has none."""

@@ -193,6 +193,8 @@ class PruneConfig:
         budget: a target in multiply-accumulates or speed-up, which takes the place of `sparsity`.
         scope: "modal-adaptive" lets the losses share one budget out; baselines: "per-encoder" meets
             it within each modality, "uniform" takes the same share of every layer's units.
+        constraint: "lagrangian" (published): multipliers that ascend hold the gates to the target,
+            given about a thousand steps; "projection": every step ends on the target.
         round_to: FFN units that are kept come in multiples of it.
         ramp_steps: steps over which the target grows from 0.
         freeze_step: from here the structure is fixed (deterministic gates); None never.
@@ -204,6 +206,7 @@ class PruneConfig:
     sparsity: float = 0.25
     budget: BudgetConfig | None = None
     scope: Literal["modal-adaptive", "per-encoder", "uniform"] = "modal-adaptive"
+    constraint: Literal["lagrangian", "projection"] = "lagrangian"
     round_to: int = 1
     ramp_steps: int = 1000
     freeze_step: int | None = None

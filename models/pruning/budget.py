@@ -172,7 +172,7 @@ class Constraint:
         scope: "modal-adaptive" (published): one constraint over everything; "per-encoder": the same
             share within each modality; "uniform": the same share of the units of every row. The
             last two are baselines.
-        groups: names of what has a constraint of its own.
+        groups: names of what has a constraint of its own.   group: (R,) index of each row's group.
     """
 
     def __init__(
@@ -194,6 +194,7 @@ class Constraint:
             [[float(row.name in names) for row in bank.rows] for names in self.groups.values()],
             dtype=torch.float64, device=device,
         )  # fmt: skip
+        self.group = self._member.argmax(0)
         self._totals = self._group_totals()
         if scope != "modal-adaptive":
             bank.multipliers = nn.Parameter(torch.zeros(2, len(self.groups), device=device))
@@ -216,14 +217,23 @@ class Constraint:
 
     def penalty(self, ramp: float) -> Tensor:
         """The Lagrangian at `ramp` (0 to 1) of the final target, fp64 scalar."""
-        widths = expected_widths(self.bank)
+        shares = self.shares(expected_widths(self.bank))
+        return lagrangian(shares, self.target(ramp), self.bank.multipliers).sum()
+
+    def shares(self, widths: Tensor) -> Tensor:
+        """(g,) fp64 share of each group that widths (R,) remove, as its constraint counts it
+        ("uniform": of units), with gradient."""
         if self.scope == "uniform":
-            shares = 1.0 - widths / self.costs.units
-        else:
-            shares = 1.0 - self._member @ self.costs.sizes(widths) / self._totals
-        if self.scope == "modal-adaptive":
-            shares = shares[0]
-        return lagrangian(shares, ramp * self._unit_share, self.bank.multipliers).sum()
+            return 1.0 - widths / self.costs.units
+        return 1.0 - self.over_groups(self.costs.sizes(widths)) / self._totals
+
+    def over_groups(self, values: Tensor) -> Tensor:
+        """(R,) -> (g,) fp64 sums."""
+        return self._member @ values
+
+    def target(self, ramp: float) -> float:
+        """What every group's share is held to at `ramp` (0 to 1) of the final target."""
+        return ramp * self._unit_share
 
     def share(self, widths: Tensor, modality: str | None = None) -> Tensor:
         """Share of the cost (of a modality's) that these widths (R,) remove, fp64 scalar."""

@@ -3,6 +3,9 @@ decision."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,11 +22,12 @@ def _weights(step: int, rank: int) -> Tensor:
     return torch.randn(50, generator=torch.Generator().manual_seed(100 * step + rank))
 
 
-def _train(rank: int, world_size: int) -> dict:
+def _train(rank: int, world_size: int, constraint: Any, scope: Any) -> dict:
     """One rank of two with its own half of the data, or one rank (world_size 1) with all of it."""
     slots = {"vision.0.heads": GateSlot(10), "text.0.ffn": GateSlot(40)}
     bank = GateBank(slots, {"vision.0.heads": 60, "text.0.ffn": 7}, head_init=1.0)
-    gates = GateOptimizer(bank, PruneConfig(sparsity=0.4, ramp_steps=5, lr=0.05), "cpu", world_size)
+    prune = PruneConfig(sparsity=0.4, ramp_steps=5, lr=0.05, constraint=constraint, scope=scope)
+    gates = GateOptimizer(bank, prune, "cpu", world_size)
     for step in range(STEPS):
         gates.begin_step(step, torch.Generator().manual_seed(step))
         z = bank.join({name: z for name, z in bank.values().items() if z is not None})
@@ -35,13 +39,17 @@ def _train(rank: int, world_size: int) -> dict:
     return gates.state_dict()
 
 
-def rank_of_two() -> dict:
-    return _train(torch.distributed.get_rank(), 2)
+def rank_of_two(constraint: str, scope: str) -> dict:
+    return _train(torch.distributed.get_rank(), 2, constraint, scope)
 
 
-def test_two_ranks_agree_with_each_other_and_with_one() -> None:
-    first, second = run_ranks(rank_of_two, 2)
-    alone = _train(0, 1)
+@pytest.mark.parametrize(
+    ("constraint", "scope"),
+    [("lagrangian", "modal-adaptive"), ("projection", "modal-adaptive"), ("projection", "uniform")],
+)
+def test_two_ranks_agree_with_each_other_and_with_one(constraint: str, scope: str) -> None:
+    first, second = run_ranks(rank_of_two, 2, constraint, scope)
+    alone = _train(0, 1, constraint, scope)
     assert first["skipped"] == second["skipped"] == alone["skipped"] == 2
     for key in ("log_alpha", "multipliers"):
         assert torch.equal(

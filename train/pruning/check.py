@@ -16,6 +16,13 @@ def check_budget(config: RunConfig) -> None:
         raise ValueError(f"prune.sparsity: {prune.sparsity} is not between 0 and 1")
     if prune.round_to < 1:
         raise ValueError(f"prune.round_to: {prune.round_to} is not a positive number of units")
+    freeze = prune.freeze_step
+    if prune.constraint == "projection" and freeze is not None and freeze < prune.ramp_steps:
+        raise ValueError(
+            f"prune.freeze_step: {freeze} lies before the end of the ramp (prune.ramp_steps="
+            f"{prune.ramp_steps}), and prune.constraint=projection holds gates to the ramp: the "
+            "structure would be fixed short of the target. Freeze later, or ramp faster"
+        )
     budget = prune.budget
     if budget is None:
         return
@@ -49,4 +56,4 @@ def budget_line(config: RunConfig) -> str:
     else:
         told = f"to {budget.speedup:g} times the {budget.against}'s speed at batch {budget.batch}"
     rounded = f", FFN widths in multiples of {prune.round_to}" if prune.round_to > 1 else ""
-    return f"prune {told}, {prune.scope}{rounded}"
+    return f"prune {told}, {prune.scope}, by {prune.constraint}{rounded}"

@@ -16,6 +16,7 @@ from torch.optim import AdamW
 from models.compaction import ActiveUnits
 from models.gates import GateBank
 from models.pruning.budget import target_sparsity
+from models.pruning.projection import check_reach, project, tangent
 from train.config import PruneConfig
 from train.pruning.budgets import PruneBudget
 
@@ -28,6 +29,13 @@ _FAR = 0.05  # a structure this far from its target says that the constraint had
 
 def _adamw(parameter: Tensor, lr: float, maximize: bool = False) -> AdamW:
     return AdamW([parameter], lr=lr, betas=_BETAS, eps=1e-8, weight_decay=0.0, maximize=maximize)
+
+
+def _target_key(prune: PruneConfig) -> str:
+    """The key that says how much is to go."""
+    if prune.budget is None:
+        return "prune.sparsity"
+    return "prune.budget.speedup" if prune.budget.macs is None else "prune.budget.macs"
 
 
 def _optimizer_state(optimizer: AdamW, parameter: Tensor) -> dict[str, Tensor]:
@@ -80,10 +88,15 @@ class GateOptimizer:
         budget: PruneBudget | None = None,
     ) -> None:
         """`budget`: what the gates are held to, made on this bank; None: `prune.sparsity` of its
-        parameters."""
+        parameters.
+
+        Raises ValueError when gates that are projected could not reach the target.
+        """
         self.bank = bank.to(device)
         self.prune = prune
         self.budget = PruneBudget.parameters(bank, prune) if budget is None else budget
+        if self._projects:
+            check_reach(self.budget.constraint, _target_key(prune))
         self.world_size = world_size
         self.skipped = 0
         self._gate_optimizer = _adamw(bank.log_alpha, prune.lr)
@@ -95,6 +108,10 @@ class GateOptimizer:
         self._frozen: Tensor | None = None
         self._frozen_active: ActiveUnits | None = None
         self._step = 0
+
+    @property
+    def _projects(self) -> bool:
+        return self.prune.constraint == "projection"
 
     @property
     def frozen(self) -> bool:
@@ -183,13 +200,24 @@ class GateOptimizer:
     def _update(self, task: Tensor, ramp: float) -> None:
         """task: (G,) gradient of the task loss by log-alpha. The constraint does not depend on the
         data: every rank has the same one, so it is added once, after the reduction."""
+        if self._projects:
+            self._descend(tangent(self.budget.constraint, task))
+            project(self.budget.constraint, ramp)
+            return
         bank = self.bank
         penalty = self.budget.constraint.penalty(ramp)
         constraint, ascent = torch.autograd.grad(penalty, (bank.log_alpha, bank.multipliers))
-        bank.log_alpha.grad, bank.multipliers.grad = task + constraint, ascent
-        self._gate_optimizer.step()
+        bank.multipliers.grad = ascent
+        self._descend(task + constraint)
         self._multiplier_optimizer.step()
-        bank.log_alpha.grad = bank.multipliers.grad = None
+        bank.multipliers.grad = None
+
+    def _descend(self, gradient: Tensor) -> None:
+        """One step of log-alpha (G,)."""
+        bank = self.bank
+        bank.log_alpha.grad = gradient
+        self._gate_optimizer.step()
+        bank.log_alpha.grad = None
         bank.clamp()
 
     def freeze(self) -> None:
@@ -237,14 +265,17 @@ class GateOptimizer:
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
         """Target, expected and actual sparsity, also by modality (see `PruneBudget.shares`), and the
-        multipliers (their mean, where there are several pairs).
+        multipliers (their mean, where there are several pairs; a projection has none).
 
         Waits for the device; call it when a line is logged, not in every step.
         """
         ramp = self._ramp(self._step)
         record = self.budget.shares(self.hard_gates(), ramp)
+        record["skipped"] = float(self.skipped)
+        if self._projects:
+            return record
         first, second = self.bank.multipliers.detach().reshape(2, -1).mean(1).tolist()
-        return record | {"lambda1": first, "lambda2": second, "skipped": float(self.skipped)}
+        return record | {"lambda1": first, "lambda2": second}
 
     def histograms(self) -> dict[str, Tensor]:
         """ "log_alpha/MODALITY" -> values, for TensorBoard."""

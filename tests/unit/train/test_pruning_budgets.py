@@ -107,9 +107,10 @@ def run(gates: GateOptimizer, first: int, last: int) -> None:
     [("parameters", "modal-adaptive"), ("macs", "modal-adaptive"), ("speedup", "modal-adaptive"),
      ("speedup", "per-encoder"), ("macs", "uniform")],
 )  # fmt: skip
-def test_target_expected_and_actual_agree_at_the_end(kind, scope):
-    gates = make_gates(kind, scope=scope, freeze_step=STEPS)
-    run(gates, 0, STEPS + 1)
+@pytest.mark.parametrize(("constraint", "steps"), [("lagrangian", STEPS), ("projection", 70)])
+def test_target_expected_and_actual_agree_at_the_end(kind, scope, constraint, steps):
+    gates = make_gates(kind, scope=scope, constraint=constraint, freeze_step=steps)
+    run(gates, 0, steps + 1)
     record = gates.metrics()
     assert record["expected"] == pytest.approx(record["target"], abs=0.01)
     assert record["actual"] == pytest.approx(record["target"], abs=0.01)
@@ -122,14 +123,77 @@ def test_target_expected_and_actual_agree_at_the_end(kind, scope):
         assert record["speedup"] == pytest.approx(2.2, rel=0.02)
 
 
+@pytest.mark.parametrize("scope", ["modal-adaptive", "per-encoder"])
+@pytest.mark.parametrize("kind", ["parameters", "macs", "speedup"])
+def test_projected_gates_stand_on_the_target_in_every_step(kind, scope):
+    """Whatever the task asks of them; from the first step whose target gates can reach."""
+    gates = make_gates(kind, scope=scope, constraint="projection", ramp_steps=12)
+    for step in range(20):
+        run(gates, step, step + 1)
+        record = gates.metrics()
+        miss = 0.003 if step == 0 else 1e-6  # target 0: no gate is ever surely open
+        assert record["expected"] == pytest.approx(record["target"], abs=miss)
+        if scope == "per-encoder":
+            for name in gates.bank.modalities:
+                assert record[f"{name}_expected"] == pytest.approx(record["target"], abs=miss)
+    assert "lambda1" not in record and "lambda2" not in record
+    assert not gates.bank.multipliers.any()
+
+
+def test_projected_gates_stand_still_once_frozen():
+    """A fixed structure is no gate's to move, and a skipped step moves none."""
+    gates = make_gates("parameters", constraint="projection", ramp_steps=4, freeze_step=6)
+    run(gates, 0, 5)
+    before = gates.bank.log_alpha.detach().clone()
+    gates.begin_step(5, torch.Generator().manual_seed(5))
+    gates.finish_step(5, applied=False)
+    assert torch.equal(before, gates.bank.log_alpha)
+    run(gates, 6, 9)
+    assert gates.frozen and torch.equal(before, gates.bank.log_alpha)
+
+
+def test_gates_drawn_ahead_are_those_of_the_projected_log_alphas():
+    """Compact products take their sizes from gates drawn between two steps: after the shift."""
+    gates = make_gates("parameters", constraint="projection", ramp_steps=12, gates="compact")
+    run(gates, 0, 5)
+    gates.prepare(5, torch.Generator().manual_seed(5))
+    gates.begin_step(5, torch.Generator().manual_seed(5))
+    written = gates.bank.join({k: v for k, v in gates.bank.values().items() if v is not None})
+    drawn = gates.bank.sample(torch.Generator().manual_seed(5))
+    assert torch.equal(written, drawn)
+    for name, slot in gates.bank._slots.items():
+        kept = slot.kept
+        open_ = drawn.detach()[next(r.start for r in gates.bank.rows if r.name == name) :]
+        if kept is not None:
+            assert set(open_[: slot.units].nonzero().flatten().tolist()) <= set(kept.tolist())
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [("parameters", r"prune\.sparsity"), ("macs", r"prune\.budget\.macs")]
+)
+def test_a_target_out_of_the_gates_reach_is_refused(kind, key):
+    prune = PruneConfig(
+        sparsity=0.97,
+        constraint="projection",
+        budget=BudgetConfig(macs=0.97) if kind == "macs" else None,
+    )
+    bank = make_bank()
+    costs = WidthCosts.parameters(bank)
+    with pytest.raises(ValueError, match=key + r".*prune\.constraint=lagrangian"):
+        GateOptimizer(bank, prune, "cpu", 1, PruneBudget(Constraint(bank, costs, 0.97)))
+
+
 @pytest.mark.parametrize(
     ("kind", "scope"), [("macs", "uniform"), ("speedup", "modal-adaptive"), ("speedup", "uniform")]
 )
 @pytest.mark.parametrize("stop", [7, 25])
-def test_resume_continues_the_ramp(kind, scope, stop):
+@pytest.mark.parametrize("constraint", ["lagrangian", "projection"])
+def test_resume_continues_the_ramp(kind, scope, stop, constraint):
     """Stopped in the middle of the ramp, and after the structure was fixed."""
-    whole, part, resumed = (make_gates(kind, scope=scope, ramp_steps=16, freeze_step=22)
-                            for _ in range(3))  # fmt: skip
+    whole, part, resumed = (
+        make_gates(kind, scope=scope, ramp_steps=16, freeze_step=22, constraint=constraint)
+        for _ in range(3)
+    )
     run(whole, 0, 28)
     run(part, 0, stop)
     state = copy.deepcopy(part.state_dict())
@@ -281,6 +345,14 @@ def test_budgets_that_contradict_themselves(budget, told):
         check_budget(run_file(budget=BudgetConfig(**budget)))
     with pytest.raises(ValueError, match="round_to"):
         check_budget(run_file(round_to=0))
+
+
+def test_a_projection_frozen_before_its_ramp_ends_is_refused():
+    late = {"ramp_steps": 50, "freeze_step": 49}
+    check_budget(run_file(**late))
+    check_budget(run_file(constraint="projection", ramp_steps=50, freeze_step=50))
+    with pytest.raises(ValueError, match=r"prune\.freeze_step: 49.*Freeze later"):
+        check_budget(run_file(constraint="projection", **late))
 
 
 def test_budget_in_one_line():
