@@ -8,7 +8,9 @@ Shape legend: B rows, H heads, Nq queries, Nk keys, d head size. The teacher get
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -28,6 +30,8 @@ __all__ = [
     "check_maps",
     "kernel_backend",
     "log_normalisers",
+    "on_gpu",
+    "planned_on_gpu",
     "probabilities_mse",
     "visible_keys",
     "widen",
@@ -39,6 +43,32 @@ _KERNEL_KINDS: dict[Kind, str] = {"mse": "probabilities", "kl": "kl"}
 _HIDDEN = -1e30
 # Elements of one chunk of an attention map: cache-sized on a CPU, large enough to fill a GPU.
 _CHUNK_CPU, _CHUNK_GPU = 1 << 17, 1 << 25
+# Backend of attention_kd that a plan assumes; None: tensors are what they are.
+_planned: str | None = None
+
+
+@contextmanager
+def planned_on_gpu(kernels: str) -> Iterator[None]:
+    """For plans: tensors stand for a GPU's, where the kernel attention_kd is there.
+
+    Without data only what is kept and allocated counts, so a plan runs anywhere.
+
+    Args:
+        kernels: as `engine.kernels`; ESPALIER_KERNELS comes before it.
+    """
+    global _planned
+    before = _planned
+    asked = dispatch.parse(os.environ.get(dispatch.ENVIRONMENT) or kernels)["attention_kd"]
+    _planned = "cuda" if asked == "auto" else asked
+    try:
+        yield
+    finally:
+        _planned = before
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether x is on a GPU, or stands for a tensor there (`planned_on_gpu`)."""
+    return x.is_cuda or _planned is not None
 
 
 def widen(x: Tensor) -> Tensor:
@@ -123,7 +153,7 @@ def check_maps(student: AttentionTrace, teacher: AttentionTrace) -> None:
 def _chunks(trace: AttentionTrace, chunk: int | None) -> Iterator[tuple[slice, slice]]:
     """(rows, queries) slices that cover the map with at most about `chunk` elements each."""
     rows, heads, queries, _ = trace.q.shape
-    budget = chunk or (_CHUNK_CPU if trace.q.device.type == "cpu" else _CHUNK_GPU)
+    budget = chunk or (_CHUNK_GPU if on_gpu(trace.q) else _CHUNK_CPU)
     per_query = heads * trace.k.shape[2]
     row_step = max(1, budget // max(1, per_query * queries))
     query_step = queries if row_step > 1 else min(queries, max(1, budget // per_query))
@@ -236,6 +266,8 @@ def kernel_backend(student: AttentionTrace, teacher: AttentionTrace) -> str:
     Raises RuntimeError when the kernel was asked for explicitly and cannot run.
     """
     unsupported = attention_kd.unsupported(student.q, teacher.q)
+    if _planned is not None:
+        return "reference" if _planned == "cuda" and unsupported else _planned
     return dispatch.pick("attention_kd", student.q.device.type, unsupported)
 
 
@@ -249,6 +281,8 @@ def _distance(
         arguments += (student.key_mask, teacher.key_mask, None, student.scale, teacher.scale)
         arguments += (student.causal, teacher.causal, _KERNEL_KINDS[kind])
         whole, kernel = reference_attention.attention_kd, attention_kd.kernel
+        if _planned == "compiled":
+            return whole(*arguments)  # what torch.compile would save is not known
         return dispatch.call(backend, whole, kernel, *arguments)
     loss = _AttentionDistance.apply(
         student.q, student.k, _detached(student), _detached(teacher), kind, chunk

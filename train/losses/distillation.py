@@ -23,6 +23,7 @@ from train.losses.attention import (
     attention_mse_reference,
     attention_probabilities,
     kernel_backend,
+    on_gpu,
     probabilities_mse,
     widen,
 )
@@ -222,7 +223,7 @@ def attention_distance(
     if kind == "scores":
         return scores_mse(student, teacher)
     if kind == "kl":
-        by_attention = student.q.is_cuda and kernel_backend(student, teacher) == "reference"
+        by_attention = on_gpu(student.q) and kernel_backend(student, teacher) == "reference"
         return (kl_by_attention if by_attention else attention_kl)(student, teacher)
     return attention_mse(student, teacher)
 

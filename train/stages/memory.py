@@ -24,7 +24,7 @@ from data_pipeline.batches import Batch, PretrainBatch
 from models.config import ModelConfig
 from models.xvlm import XVLM
 from train.config import RunConfig
-from train.losses import attention
+from train.losses.attention import planned_on_gpu
 from train.runtime.engine import engine_settings
 from train.stages.full_batches import downstream_batch
 from train.tasks.base import StepContext, Task
@@ -111,18 +111,6 @@ class _FakeTeacher:
             yield self.model
 
 
-@contextmanager
-def _gpu_chunks(on_gpu: bool) -> Iterator[None]:
-    """Streamed losses choose their chunks by device; fake tensors stand in for a GPU's."""
-    before = attention._CHUNK_CPU
-    if on_gpu:
-        attention._CHUNK_CPU = attention._CHUNK_GPU
-    try:
-        yield
-    finally:
-        attention._CHUNK_CPU = before
-
-
 def step_memory(
     config: RunConfig,
     student: ModelConfig,
@@ -135,7 +123,8 @@ def step_memory(
 
     Args:
         region: a region step instead of a general one.
-        on_gpu: losses that are computed in chunks take a GPU's chunks.
+        on_gpu: attention distillation takes the way of a GPU: by `config.engine.kernels` the kernel
+            attention_kd, which keeps q and k of both models, or a GPU's chunks, which keep gradients.
     """
     plain = _run(config, student, None, region, on_gpu)
     if teacher is None:
@@ -159,7 +148,8 @@ def _run(
 ) -> StepMemory:
     from train.build import build_task  # it imports the stages' machinery
 
-    with FakeTensorMode(), _gpu_chunks(on_gpu):
+    device = planned_on_gpu(config.engine.kernels) if on_gpu else nullcontext()
+    with FakeTensorMode(), device:
         model = _model(student, "fp16" if config.engine.precision == "fp16" else "fp32")
         model.set_activation_checkpointing(config.engine.activation_checkpointing)
         frozen = None

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import presets
 from models.config import ModelConfig
+from models.outputs import AttentionTrace
 from models.summary import summarise
 from tests.distributed.spawn import run_ranks
 from train.config import RunConfig
+from train.losses.attention import planned_on_gpu
+from train.losses.distillation import attention_distance
 from train.recipes_io import load_run_config
+from train.stages import memory
 from train.stages.memory import LiveBytes, StepMemory, stage_memory, step_memory
 
 RECIPES = Path(__file__).parents[3] / "train" / "recipes"
@@ -150,6 +156,73 @@ def test_recomputing_keeps_less_and_distillation_more() -> None:
     assert both.teacher == 2 * summarise(teacher).parameters["total"], "auto is fp16 on a GPU"
     assert recomputed.activations < 0.7 * plain.activations
     assert plain.gradients == 4 * summarise(student).parameters["total"]
+
+
+# Of one attention, 3 rows, 4 heads, 5 queries and 7 keys. Student: 8 a head in fp32, teacher: 16 a head
+# in fp16. The student's q and k are there anyway.
+STUDENT = 3 * 4 * (5 + 7) * 8 * 4
+TEACHER = 3 * 4 * (5 + 7) * 16 * 2
+QUERIES = 3 * 4 * 5
+MASKS = 2 * 3 * 7
+LOSS = 4
+
+
+@pytest.mark.parametrize(
+    ("kernels", "kind", "kept"),
+    [
+        # The kernel: three numbers a query, and for the backward q and k of both models.
+        ("auto", "probabilities", STUDENT + TEACHER + MASKS + 3 * 4 * QUERIES),
+        ("cuda", "kl", STUDENT + TEACHER + MASKS + 3 * 4 * QUERIES),
+        # Chunks: gradients of the student's q and k in fp32.
+        ("reference", "probabilities", STUDENT + STUDENT),
+        # Attention's own kernels: both models' q and k in fp32, and two outputs of attention
+        # (5 queries, 8 a head) of the student's size.
+        ("reference", "kl", STUDENT + 2 * TEACHER + MASKS + 2 * QUERIES * 8 * 4),
+    ],
+)
+def test_what_an_attention_distance_keeps(kernels: str, kind: str, kept: int) -> None:
+    def trace(size: int, dtype: torch.dtype, learns: bool) -> AttentionTrace:
+        q, k = (torch.zeros(3, 4, n, size, dtype=dtype, requires_grad=learns) for n in (5, 7))
+        return AttentionTrace(q, k, 0.5, torch.ones(3, 7, dtype=torch.bool))
+
+    with FakeTensorMode(), planned_on_gpu(kernels), LiveBytes() as live:
+        student = trace(8, torch.float32, True)
+        teacher = trace(16, torch.float16, False)
+        loss = attention_distance(student, teacher, kind)  # type: ignore[arg-type]
+        del student, teacher
+        gc.collect()
+        assert live.live - LOSS == kept
+        loss.backward()
+
+
+def test_a_plan_counts_q_and_k_of_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What attention distillation adds at the start of the backward, against the sum by hand."""
+    counters: list[LiveBytes] = []
+    found: list[int] = []
+
+    class Watched(LiveBytes):
+        def __init__(self) -> None:
+            super().__init__()
+            counters.append(self)
+
+    def backward(loss: torch.Tensor) -> None:
+        found.append(counters[-1].live)
+        before(loss)
+
+    before = torch.Tensor.backward
+    monkeypatch.setattr(memory, "LiveBytes", Watched)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    for attention in ("probabilities", "none"):
+        config, student, teacher = small(f"kd.attention={attention}", "data.batch=64")
+        step_memory(config, student, teacher)
+    images, texts = 64 * student.vision.tokens, 64 * 8
+    # Tokens by layer. Two of vision; one of text, texts plain and masked; one of fusion, each text with
+    # its picture and two negatives, and masked. q and k of 128 numbers in fp16; three for each of 4
+    # heads.
+    tokens = 2 * images + 2 * texts + (3 * texts + texts)
+    by_hand = tokens * (2 * 128 * 2 + 3 * 4 * 4)
+    _, with_it, _, without = found  # each after a step of the student alone
+    assert with_it - without == pytest.approx(by_hand, rel=0.005), "masks come on top"
 
 
 def test_activations_grow_with_rows_and_shrink_with_precision() -> None:
