@@ -191,10 +191,15 @@ def prepare_data(work: Path, scenes: Sequence[int]) -> None:
 
 def prepare(work: Path, scenes: Sequence[int]) -> None:
     """Data, and the students' first weights, once."""
+    prepare_data(work, scenes)
+    prepare_student(work)
+
+
+def prepare_student(work: Path) -> None:
+    """The students' first weights, half of the teacher's layers, once."""
     from models import from_pretrained, presets
     from models.initialise import student_from_teacher
 
-    prepare_data(work, scenes)
     if not (work / "first" / "config.json").is_file():
         teacher = from_pretrained(ROOT / PRETRAINED)
         text = {"vocab_size": teacher.config.text.vocab_size}
