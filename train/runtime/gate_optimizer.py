@@ -235,7 +235,8 @@ class GateOptimizer:
         if abs(reached - constraint.sparsity) > _FAR:
             _log.warning(
                 "gates stand at sparsity %.3f, target %.3f: the rest is cut by rank; give the "
-                "constraint more steps (prune.ramp_steps, prune.freeze_step) or a larger prune.lr",
+                "constraint more steps (prune.ramp_steps, prune.freeze_step), a larger prune.lr, or "
+                "set prune.constraint=projection",
                 reached,
                 constraint.sparsity,
             )

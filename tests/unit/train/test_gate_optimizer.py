@@ -198,7 +198,7 @@ def test_a_structure_far_from_its_target_warns(caplog):
     gates = make()
     with caplog.at_level(logging.WARNING):
         structure = gates.structure()
-    assert "prune.ramp_steps" in caplog.text
+    assert "prune.ramp_steps" in caplog.text and "prune.constraint=projection" in caplog.text
     z = gates.bank.join(structure)
     assert float(gates.bank.actual_sparsity(z)) == pytest.approx(0.4, abs=0.01)
     assert not gates.frozen
