@@ -18,14 +18,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from data_pipeline.assemblers import (
-    CaptionAssembler,
-    GroundingAssembler,
-    Nlvr2Assembler,
-    RetrievalAssembler,
-)
 from data_pipeline.batches import Batch
-from data_pipeline.collate import Assembler, PretrainAssembler, RegionAssembler, VqaAssembler
+from data_pipeline.collate import Assembler, RegionAssembler
 from data_pipeline.faults import FaultError, FaultLedger
 from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import choose_groups
@@ -35,40 +29,12 @@ from data_pipeline.remote import RemoteOptions
 from data_pipeline.storage import Storage, open_manifest, storage_for
 from data_pipeline.stream import Delivery, PlannedSource, ShardReader, build_pipeline
 from data_pipeline.tar_headers import ShardError
-from data_pipeline.text import Masking, TextEncoder
-from data_pipeline.transforms import Augmentation
+from data_pipeline.tasks import SCHEMAS, RegionOptions, check_task, make_assembler
 from data_pipeline.worker import start_worker
 
-__all__ = ["DataSource", "Loader", "RegionOptions", "build_loader"]
+__all__ = ["DataSource", "Loader", "build_loader"]
 
 _LOG = logging.getLogger(__name__)
-# Which record a loader task reads, and which folders hold such records.
-_SCHEMAS = {
-    "pretrain": "pretrain",
-    "region": "pretrain",
-    "vqa": "vqa",
-    "nlvr2_pretrain": "pretrain",
-    "nlvr2": "nlvr2",
-    "retrieval": "retrieval",
-    "captioning": "captioning",
-    "grounding": "grounding",
-}
-_ACCEPTED = {
-    "pretrain": ("pretrain", "captioning", "retrieval"),
-    "region": ("pretrain",),
-    "vqa": ("vqa",),
-    "nlvr2_pretrain": ("pretrain", "captioning", "retrieval"),
-    "nlvr2": ("nlvr2",),
-    "retrieval": ("retrieval", "captioning"),
-    "captioning": ("captioning", "retrieval", "pretrain"),
-    "grounding": ("grounding",),
-}
-_SIMPLE = {
-    "nlvr2_pretrain": RetrievalAssembler,
-    "nlvr2": Nlvr2Assembler,
-    "retrieval": RetrievalAssembler,
-    "grounding": GroundingAssembler,
-}
 # Region rows are drawn within units of at least this many images, so that few rows are copies.
 _UNIT_IMAGES = 6
 
@@ -82,21 +48,6 @@ class DataSource(Protocol):
     def path(self) -> str: ...
     @property
     def weight(self) -> float | None: ...
-
-
-class RegionOptions(Protocol):
-    """Settings of region batches (the run file's data.region)."""
-
-    @property
-    def images(self) -> int: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def max_regions(self) -> int: ...
-    @property
-    def min_fraction_in_crop(self) -> float: ...
-    @property
-    def unit_images(self) -> int: ...
 
 
 class Loader:
@@ -170,7 +121,7 @@ class Loader:
         data, where captions may be missing, but not the other way round.
         """
         held = {manifest.task for manifest in self.manifests}
-        return "pretrain" if "pretrain" in held else _SCHEMAS[self._task]
+        return "pretrain" if "pretrain" in held else SCHEMAS[self._task]
 
     def _deliveries(self) -> Iterator[Delivery]:
         manifests = self.position.by_entry(self.manifests)
@@ -253,34 +204,6 @@ class Loader:
                 self.position.unit = mine
 
 
-def _assembler(
-    task: str, *, tokenizer, seed: int, train: bool, image_size: int, patch_size: int,
-    max_tokens: int, max_words: int, max_answer_tokens: int, mlm_probability: float, mlm_max: int,
-    rows_per_image: int, augment: str, prompt: str, region: RegionOptions | None,
-) -> Assembler:  # fmt: skip
-    # Captions are cleaned before they get their prompt.
-    text = TextEncoder(tokenizer, max_tokens, max_words or None, clean=task != "captioning")
-    # Evaluation looks at whole, unchanged pictures whatever training does.
-    augmentation = Augmentation(augment if train else "none", image_size)
-    if task == "vqa":
-        # As published, questions are cleaned and answers are not; nor are those that are ranked.
-        answers = TextEncoder(tokenizer, max_answer_tokens, clean=False)
-        return VqaAssembler(text, augmentation, seed, train, answers, rows_per_image)
-    if task == "captioning":
-        return CaptionAssembler(text, augmentation, seed, train, rows_per_image, prompt)
-    if task in _SIMPLE:
-        return _SIMPLE[task](text, augmentation, seed, train, rows_per_image)
-    masking = Masking(tokenizer, mlm_probability, mlm_max)
-    if task == "pretrain":
-        return PretrainAssembler(text, augmentation, seed, train, masking)
-    if region is None:
-        raise ValueError("region batches need data.region")
-    return RegionAssembler(
-        text, augmentation, seed, train, masking,
-        region.rows, region.max_regions, region.min_fraction_in_crop, patch_size,
-    )  # fmt: skip
-
-
 def _unit(region: RegionOptions) -> tuple[int, int]:
     """(images, rows) of a region unit: the wanted one, or the smallest of at least _UNIT_IMAGES
     images that cuts a rank's batch evenly. A small one lets more rank counts share a global batch.
@@ -296,12 +219,49 @@ def _unit(region: RegionOptions) -> tuple[int, int]:
     return size, rows * size // images
 
 
-def _check_task(manifest: Manifest, task: str) -> None:
-    if manifest.task not in _ACCEPTED[task]:
-        raise ValueError(
-            f"{manifest.location}: holds '{manifest.task}' samples, but '{task}' batches need "
-            f"'{_SCHEMAS[task]}' (key data.train / data.val)"
-        )
+def _check_sizes(task: str, rank: int, world_size: int, size: int, workers: int) -> None:
+    if task not in SCHEMAS:
+        raise ValueError(f"unknown loader task '{task}': expected one of {', '.join(SCHEMAS)}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
+    if size < 1:
+        raise ValueError(f"data.batch must be at least 1, is {size}")
+    if workers < 0:
+        raise ValueError(f"data.workers must not be negative, is {workers}")
+
+
+_Sources = list[tuple[str, float | None]]
+
+
+def _sources(data: Path | str | Sequence[DataSource], train: bool) -> _Sources:
+    """(folder or URL, weight) of each data set."""
+    if isinstance(data, str | Path):
+        return [(str(data), None)]
+    if not data or (len(data) > 1 and not train):
+        raise ValueError("evaluation reads one data set, training at least one (data.train)")
+    return [(source.path, source.weight) for source in data]
+
+
+def _manifest(path: str, remote: RemoteOptions, task: str) -> Manifest:
+    manifest = open_manifest(path, remote)
+    check_task(manifest, task)
+    return manifest
+
+
+def _storages(
+    manifests: Sequence[Manifest], sources: _Sources, remote: RemoteOptions
+) -> list[Storage]:
+    return [
+        storage_for(manifest, remote, path)
+        for manifest, (path, _) in zip(manifests, sources, strict=True)
+    ]
+
+
+def _data_sets(manifests: Sequence[Manifest], sources: _Sources) -> list[DataSet]:
+    return [
+        DataSet(manifest.location, manifest.hash, manifest.shard_samples, weight)
+        for manifest, (_, weight) in zip(manifests, sources, strict=True)
+    ]
 
 
 def build_loader(
@@ -321,74 +281,49 @@ def build_loader(
         task: "pretrain", "region" (batches of data.region), "vqa", "nlvr2_pretrain" (images with
             captions, as for retrieval), "nlvr2", "retrieval", "captioning" or "grounding".
         data: a folder or URL with manifest.json, or several with weights (training only).
-        tokenizer: from `data_pipeline.text.load_tokenizer`.
+        tokenizer: from `data_pipeline.text.load_tokenizer`.   image_size, patch_size: pixels.
         batch: images per rank and micro-batch, for nlvr2 pairs of them (region batches take
             region.images instead).
         train: endless, shuffled, augmented; else one pass in order with every text, padded rows not
             valid.
-        image_size, patch_size: pixels.   max_tokens, max_answer_tokens: padded lengths.
-        max_words: words of a text that are kept; 0: as many as max_tokens.
+        max_tokens, max_answer_tokens: padded lengths.   max_words: words of a text that are kept; 0:
+            as many as max_tokens.
         rows_per_image: texts drawn per image in training (not "pretrain").   prompt: in front of
             captions (captioning).   limit: only the first `limit` images; 0 is all.
         groups: canonical groups of the order; 0 chooses (see `mixture.choose_groups`).
-        mix_period: places in which a mixture's shares are exact.
-        faults: "raise" or "skip".   max_fault_rate: largest share of skipped samples.
-        quarantine: JSONL file of skipped samples.   device: where batches are handed out; on CUDA
-            they are pinned and copied ahead.   remote: cache and retries of URLs.
+        mix_period: places in which a mixture's shares are exact.   remote: cache, retries of URLs.
+        faults: "raise" or "skip".   max_fault_rate: largest share of skipped samples, listed in the
+            JSONL file `quarantine`.   device: where batches go; on CUDA pinned and copied ahead.
 
     Raises:
         FileNotFoundError: no folder, manifest or shard.
         ValueError: bad setting or damaged data, with file, key and remedy.
     """
-    if task not in _SCHEMAS:
-        raise ValueError(f"unknown loader task '{task}': expected one of {', '.join(_SCHEMAS)}")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
-    size = batch
-    if task == "region" and region is not None:
-        size = region.images
-    if size < 1:
-        raise ValueError(f"data.batch must be at least 1, is {size}")
-    if workers < 0:
-        raise ValueError(f"data.workers must not be negative, is {workers}")
+    by_region = region if task == "region" else None
+    size = batch if by_region is None else by_region.images
+    _check_sizes(task, rank, world_size, size, workers)
     remote = remote or RemoteOptions()
-    sources = [(str(data), None)] if isinstance(data, str | Path) else [
-        (source.path, source.weight) for source in data
-    ]  # fmt: skip
-    if not sources or (len(sources) > 1 and not train):
-        raise ValueError("evaluation reads one data set, training at least one (data.train)")
-    manifests = [open_manifest(path, remote) for path, _ in sources]
-    for manifest in manifests:
-        _check_task(manifest, task)
-    samples = min(manifest.samples for manifest in manifests)
+    sources = _sources(data, train)
+    manifests = [_manifest(path, remote, task) for path, _ in sources]
     auto = train and not groups
-    if auto or not train:
-        window = block * window_blocks
-        groups = choose_groups(size * world_size, world_size, samples, window) if train else 1
-    unit = None
-    if task == "region" and region is not None:
-        unit = _unit(region)
+    if auto:
+        samples, window = min(manifest.samples for manifest in manifests), block * window_blocks
+        groups = choose_groups(size * world_size, world_size, samples, window)
     where = Position(
-        PlanSettings(task, seed, block, window_blocks, groups, train, limit),
-        [
-            DataSet(manifest.location, manifest.hash, manifest.shard_samples, weight)
-            for manifest, (_, weight) in zip(manifests, sources, strict=True)
-        ],
-        step_samples=size * world_size, ranks=world_size, mix_period=mix_period, unit=unit, auto_groups=auto,
+        PlanSettings(task, seed, block, window_blocks, groups if train else 1, train, limit),
+        _data_sets(manifests, sources),
+        step_samples=size * world_size, ranks=world_size, mix_period=mix_period,
+        unit=None if by_region is None else _unit(by_region), auto_groups=auto,
     )  # fmt: skip
     ledger = FaultLedger(faults, max_fault_rate, where.mixture.samples // world_size, quarantine)
-    assembler = _assembler(
+    assembler = make_assembler(
         task, tokenizer=tokenizer, seed=seed, train=train, image_size=image_size,
         patch_size=patch_size, max_tokens=max_tokens, max_words=max_words,
         max_answer_tokens=max_answer_tokens, mlm_probability=mlm_probability, mlm_max=mlm_max,
         rows_per_image=rows_per_image, augment=augment, prompt=prompt, region=region,
     )  # fmt: skip
-    storages = [
-        storage_for(manifest, remote, path)
-        for manifest, (path, _) in zip(manifests, sources, strict=True)
-    ]
     return Loader(
-        manifests, storages, where, assembler, ledger,
+        manifests, _storages(manifests, sources, remote), where, assembler, ledger,
         task=task, batch=size, rank=rank, world_size=world_size, train=train, workers=workers,
         device=torch.device(device),
     )  # fmt: skip

@@ -36,6 +36,30 @@ _SPREAD = ("index", "build")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options and the command to start; the caller owns description and epilog."""
+    _add_places(parser)
+    _add_restarts(parser)
+    parser.add_argument(
+        "--launcher-option",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="one more option for deepspeed, mpirun or srun: --launcher-option=--ssh_port=2222",
+    )
+    _add_array(parser)
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="one more sbatch option"
+    )
+    parser.add_argument("--port", type=int, help="rendezvous port; default: a free one")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the command and start nothing"
+    )
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="-- VERB ...", help="what every rank runs"
+    )
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    """On which machines, through what, and how many processes."""
     parser.add_argument(
         "--hostfile",
         metavar="FILE",
@@ -64,6 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--per-node", type=_positive, metavar="K", help="processes per machine (Slurm, hostfile)"
     )
+
+
+def _add_restarts(parser: argparse.ArgumentParser) -> None:
+    """What happens after a crash."""
     parser.add_argument(
         "--max-restarts",
         type=int,
@@ -85,13 +113,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"where ranks report to the launcher; all machines must see it (default: {SHARED} in "
         "the current folder, used with several machines only)",
     )
-    parser.add_argument(
-        "--launcher-option",
-        action="append",
-        default=[],
-        metavar="OPTION",
-        help="one more option for deepspeed, mpirun or srun: --launcher-option=--ssh_port=2222",
-    )
+
+
+def _add_array(parser: argparse.ArgumentParser) -> None:
+    """Several jobs, one after the other."""
     parser.add_argument(
         "--array",
         action="store_true",
@@ -107,16 +132,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         default="runs/queue",
         help="with --array: the folder that remembers jobs and gets the table (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="one more sbatch option"
-    )
-    parser.add_argument("--port", type=int, help="rendezvous port; default: a free one")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the command and start nothing"
-    )
-    parser.add_argument(
-        "command", nargs=argparse.REMAINDER, metavar="-- VERB ...", help="what every rank runs"
     )
 
 

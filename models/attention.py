@@ -239,10 +239,9 @@ class Attention(nn.Module):
         grows, context = context is None, x if context is None else context
         scale = self.head_dim**-0.5
         if self.heads == 0:
-            empty = x.new_zeros(x.shape[0], 0, x.shape[1], self.head_dim)
-            none = x.new_zeros(x.shape[0], 0, context.shape[1], self.head_dim)
-            record = _trace(empty, none, scale, key_mask, causal) if trace else None
-            return self.out(x), record
+            q = x.new_zeros(x.shape[0], 0, x.shape[1], self.head_dim)
+            k = x.new_zeros(x.shape[0], 0, context.shape[1], self.head_dim)
+            return self.out(x), _trace(q, k, scale, key_mask, causal) if trace else None
         chosen, factors = self._choose(kept_heads, trace)
         # With a cache all heads take part: it outlives the gates of one pass.
         gates = self.gate.entries(fold=x.numel() // self.width >= self.width, compact=cache is None)
@@ -254,16 +253,28 @@ class Attention(nn.Module):
         kept = self.gate.kept if gates.kept is not None else None
         if trace and kept is not None:
             q, k = q.index_select(1, kept), k.index_select(1, kept)
-        if queries is not None or keys is not None:
-            mixed = _packed(q, k, v, queries, keys, key_mask)
-        else:
-            dropout = self.dropout if self.training else 0.0
-            mixed = _unfold(_mix(_fold(q, k.shape[0]), k, v, key_mask, causal, dropout), q.shape[0])
+        mixed = self._mixed(q, k, v, key_mask, causal, queries, keys)
         if factors is not None:
             if kept is not None:
                 factors = factors.index_select(1, kept)
             mixed = _times_heads(mixed, factors, queries)
         return self.out(mixed.transpose(1, 2).flatten(2), columns=gates), record
+
+    def _mixed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        causal: bool,
+        queries: Packing | None,
+        keys: Packing | None,
+    ) -> Tensor:
+        """Values (B, H, N, d) weighted by the attention of q, packed or not."""
+        if queries is not None or keys is not None:
+            return _packed(q, k, v, queries, keys, key_mask)
+        dropout = self.dropout if self.training else 0.0
+        return _unfold(_mix(_fold(q, k.shape[0]), k, v, key_mask, causal, dropout), q.shape[0])
 
     def _choose(
         self, kept_heads: Tensor | None, trace: bool

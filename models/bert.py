@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.attention import Attention, LayerCache
+from models.attention import Attention, KeyValues, LayerCache
 from models.layers import BertLayer, Recorder, run_block
 from models.outputs import Capture, EncoderOutput
 from models.part_configs import TextConfig
@@ -146,6 +146,15 @@ def contexts_of(states: Images, mask: ImageMasks, wanted: int) -> list[Context]:
     return list(zip(images, masks, strict=True))
 
 
+def _shared(
+    owner: Attention | None, cross: Attention, context: Tensor, trace: bool, compact: bool
+) -> KeyValues | None:
+    """Keys and values for the second layer of a pair, projected by the first, its owner."""
+    if owner is None or cross.owner or not cross.heads:
+        return None
+    return owner.keys_values(context, cross, trace=trace, compact=compact)
+
+
 def run_layers(
     layers: Sequence[nn.Module],
     x: Tensor,
@@ -171,8 +180,7 @@ def run_layers(
     recorder, turn = Recorder(capture), 0
     recorder.state(0, x)
     owner: Attention | None = None
-    if trim is None:
-        trim = TextPass(x, mask, contexts, trimmers, first, causal)
+    trim = trim or TextPass(x, mask, contexts, trimmers, first, causal)
     for index, layer in enumerate(layers):
         assert isinstance(layer, BertLayer)
         context, context_mask, packing, memory, place = None, None, None, None, None
@@ -187,13 +195,7 @@ def run_layers(
         if place is not None:
             context, context_mask, packing = trim.context(index, x, place, held)
             cross = layer.cross_attention
-            if owner is not None and not cross.owner and cross.heads:
-                memory = owner.keys_values(
-                    context,
-                    cross,
-                    trace=index in capture.cross_attention,
-                    compact=cache is None,
-                )
+            memory = _shared(owner, cross, context, index in capture.cross_attention, cache is None)
             owner = cross
         x, own_trace, cross_trace = run_block(
             layer,

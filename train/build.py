@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,16 +253,13 @@ def build(config: RunConfig, dist: Distributed) -> Run:
     directory = Path(config.out)
     _choose_kernels(config, dist)
     tokenizer = load_tokenizer(tokenizer_folder(config))
-    teacher = Teacher.load(config.teacher, dist.device) if config.teacher.path else None
-    if config.stage == "distill" and teacher is None:
-        raise ValueError("teacher.path: distill needs a teacher model folder")
+    teacher = _teacher(config, dist)
     teacher_model = None if teacher is None else teacher.model
     first = build_student(config, len(tokenizer), teacher_model)
     student = first.model.float().to(dist.device)
     check_tokenizer(student.config, len(tokenizer))
     answers = load_answers(config, tokenizer) if config.task == "vqa" else None
-    if answers is not None:
-        answers = answers.to(dist.device)
+    answers = None if answers is None else answers.to(dist.device)
     task = build_task(config, student, teacher_model, answers, tokenizer)
     for part in task.frozen_parts():
         getattr(student, part).requires_grad_(False)
@@ -274,26 +272,11 @@ def build(config: RunConfig, dist: Distributed) -> Run:
         parameter_groups(student, set(first.fresh), config.optim, task.trainable_modules()),
     )
     leave_if_stopped("while the engine was built")
-
-    def loader(kind: str, source: str | Sequence[SourceConfig], train: bool) -> Loader:
-        return make_loader(config, kind, source, student.config, tokenizer, dist, train)
-
-    kind = config.task
-    regions = config.data.region.probability > 0 and kind == "pretrain"
-    # Until the loop knows where it resumes, a monitor that writes nothing stands in.
-    silent = Monitor(directory, config.optim.steps, 1, config.log)
-
-    def open_monitor(resume_step: int) -> Monitor:
-        return Monitor(
-            directory,
-            config.optim.steps,
-            dist.rank,
-            config.log,
-            resume_step,
-            run.loader.samples_per_epoch,
-            settings=plain_config(config),
-        )
-
+    loader = partial(make_loader, config, model=student.config, tokenizer=tokenizer, dist=dist)
+    regions = config.data.region.probability > 0 and config.task == "pretrain"
+    areas = config.data.region_train or config.data.train
+    theirs = None if teacher_model is None else teacher_model.config
+    checkpoints = directory / "checkpoints"
     run = Run(
         config=config,
         directory=directory,
@@ -303,29 +286,51 @@ def build(config: RunConfig, dist: Distributed) -> Run:
         first=first,
         teacher=teacher,
         engine=engine,
-        cost=step_cost(
-            config, student.config, None if teacher_model is None else teacher_model.config
-        ),
-        loader=loader(kind, config.data.train, True),
-        region_loader=loader("region", config.data.region_train or config.data.train, True)
-        if regions
-        else None,
+        cost=step_cost(config, student.config, theirs),
+        loader=loader(config.task, config.data.train, train=True),
+        region_loader=loader("region", areas, train=True) if regions else None,
         gates=gates,
-        open_monitor=open_monitor,
-        monitor=silent,
-        checkpoints=CheckpointManager.of(
-            config.checkpoint, directory / "checkpoints", run_id(config)
-        ),
+        open_monitor=lambda step: _open_monitor(run, step),
+        # Until the loop knows where it resumes, a monitor that writes nothing stands in.
+        monitor=Monitor(directory, config.optim.steps, 1, config.log),
+        checkpoints=CheckpointManager.of(config.checkpoint, checkpoints, run_id(config)),
         tokenizer=tokenizer,
         validate=None,
         pictures=None,
     )
     if config.data.val is not None:
-        held_out = loader(kind, config.data.val, False)
-        places = loader("region", config.data.val, False) if regions else None
-        run.validate = lambda step: _validate(run, held_out, places)
-        run.pictures = lambda step: _pictures(run, step, answers, held_out, places)
+        held_out = loader(config.task, config.data.val, train=False)
+        places = loader("region", config.data.val, train=False) if regions else None
+        _hold_out(run, answers, held_out, places)
     return run
+
+
+def _teacher(config: RunConfig, dist: Distributed) -> Teacher | None:
+    if config.teacher.path:
+        return Teacher.load(config.teacher, dist.device)
+    if config.stage == "distill":
+        raise ValueError("teacher.path: distill needs a teacher model folder")
+    return None
+
+
+def _hold_out(
+    run: Run, answers: AnswerList | None, held_out: Loader, places: Loader | None
+) -> None:
+    """Validation and pictures of a run; `places`: held-out regions."""
+    run.validate = lambda step: _validate(run, held_out, places)
+    run.pictures = lambda step: _pictures(run, step, answers, held_out, places)
+
+
+def _open_monitor(run: Run, resume_step: int) -> Monitor:
+    return Monitor(
+        run.directory,
+        run.config.optim.steps,
+        run.dist.rank,
+        run.config.log,
+        resume_step,
+        run.loader.samples_per_epoch,
+        settings=plain_config(run.config),
+    )
 
 
 def _check_validation(config: RunConfig, task: Task, dist: Distributed) -> None:

@@ -244,13 +244,12 @@ def build_coco_captions(
     if instances and "pretrain" not in tasks:
         raise ValueError("--instances adds regions to the task pretrain, which --tasks leaves out")
     finder = PictureFinder(images)
-    chosen = tuple(karpathy_splits) or (split,)
+    settings: dict[str, Any] = {}
     if captions is not None and karpathy is None:
-        rows, left_out = read_captions(captions)
-        inputs, settings = [captions], {}
+        (rows, left_out), inputs = read_captions(captions), [captions]
     elif karpathy is not None and captions is None:
-        rows, left_out = read_karpathy(karpathy, chosen)
-        inputs, settings = [karpathy], {"karpathy_splits": chosen}
+        settings["karpathy_splits"] = tuple(karpathy_splits) or (split,)
+        (rows, left_out), inputs = read_karpathy(karpathy, settings["karpathy_splits"]), [karpathy]
     else:
         raise ValueError("give either --captions FILE or --karpathy FILE")
     counts = {}

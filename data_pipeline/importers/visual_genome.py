@@ -240,6 +240,32 @@ def _items(
     return items
 
 
+def _check(files: GenomeFiles, captions: str) -> None:
+    """Raises ValueError for files and options that do not belong together."""
+    if captions not in CAPTIONS:
+        raise ValueError(f"--captions {captions!r}: expected one of {', '.join(CAPTIONS)}")
+    if files.attributes and not files.objects:
+        raise ValueError("--attributes describes the objects of --objects, which is missing")
+    if captions == "regions" and (files.regions is None or files.objects is not None):
+        raise ValueError("--captions regions takes --regions, and no --objects: it keeps no boxes")
+    if not (files.regions or files.objects or files.questions):
+        raise ValueError("give at least one of --regions, --objects and --questions")
+
+
+def _read_parts(
+    files: GenomeFiles, known: set[int], left_out: Counter[str], phrases: bool
+) -> list[dict[int, bytes]]:
+    """Regions and objects by picture, of the files that were given."""
+    parts: list[dict[int, bytes]] = []
+    if files.regions:
+        parts.append(_read_regions(files.regions, known, left_out, phrases))
+    if files.objects:
+        read = files.attributes
+        attributes = _read_attributes(read, known, left_out) if read else {}
+        parts.append(_read_objects(files.objects, attributes, known, left_out))
+    return parts
+
+
 def build_visual_genome(
     files: GenomeFiles,
     images: Sequence[Path],
@@ -262,14 +288,7 @@ def build_visual_genome(
 
     Raises: ValueError / FileNotFoundError naming file and remedy.
     """
-    if captions not in CAPTIONS:
-        raise ValueError(f"--captions {captions!r}: expected one of {', '.join(CAPTIONS)}")
-    if files.attributes and not files.objects:
-        raise ValueError("--attributes describes the objects of --objects, which is missing")
-    if captions == "regions" and (files.regions is None or files.objects is not None):
-        raise ValueError("--captions regions takes --regions, and no --objects: it keeps no boxes")
-    if not (files.regions or files.objects or files.questions):
-        raise ValueError("give at least one of --regions, --objects and --questions")
+    _check(files, captions)
     finder = PictureFinder(images)
     listed = read_images(files.images)
     known = {image.number for image in listed}
@@ -295,15 +314,8 @@ def build_visual_genome(
         )
 
     left_out: Counter[str] = Counter()
-    parts: list[dict[int, bytes]] = []
     phrases = captions == "regions"
-    if files.regions:
-        parts.append(_read_regions(files.regions, known, left_out, phrases))
-    if files.objects:
-        read = files.attributes
-        attributes = _read_attributes(read, known, left_out) if read else {}
-        parts.append(_read_objects(files.objects, attributes, known, left_out))
-    if parts:
+    if parts := _read_parts(files, known, left_out, phrases):
         inputs = (files.images, files.regions, files.objects, files.attributes)
         run("pretrain", "captions" if phrases else "elems", parts, left_out, inputs)
     if files.questions:

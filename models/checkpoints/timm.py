@@ -108,6 +108,22 @@ def _split(prefix: str, parts: str, kind: str, value: Tensor) -> list[tuple[str,
     return [(f"{prefix}{part}.{kind}", tensor) for part, tensor in pieces]
 
 
+def _check_kind(state: Mapping[str, Tensor], where: str) -> None:
+    for key in ("pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"):
+        if key not in state:
+            raise ValueError(
+                f"{where}: {key} is missing; only ViTs with learned absolute positions fit"
+            )
+
+
+def _ffn_widths(state: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Feed-forward units of each block."""
+    found: list[int] = []
+    while (key := f"blocks.{len(found)}.mlp.fc1.weight") in state:
+        found.append(state[key].shape[0])
+    return tuple(found)
+
+
 def config_of(
     state: Mapping[str, Tensor],
     *,
@@ -128,15 +144,9 @@ def config_of(
     Raises:
         ValueError: when the state dict is not that of a ViT with learned positions.
     """
-    for key in ("pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"):
-        if key not in state:
-            raise ValueError(
-                f"{where}: {key} is missing; only ViTs with learned absolute positions fit"
-            )
+    _check_kind(state, where)
     patch = state["patch_embed.proj.weight"]
-    ffn: list[int] = []
-    while f"blocks.{len(ffn)}.mlp.fc1.weight" in state:
-        ffn.append(state[f"blocks.{len(ffn)}.mlp.fc1.weight"].shape[0])
+    ffn = _ffn_widths(state)
     width, side = patch.shape[0], patch.shape[-1]
     if width % head_dim:
         raise ValueError(
@@ -151,24 +161,21 @@ def config_of(
     own = not (prefix and math.isqrt(len(positions)) ** 2 == len(positions))
     pooled_norm = "fc_norm.weight" in state and "norm.weight" not in state
     pool = state.get("attn_pool.mlp.fc1.weight")
+    pooling = "class" if class_token and not pooled_norm else "mean"
     return VisionConfig(
         image_size=side * grid_of(positions, where, prefix if own else 0),
         patch_size=side,
         width=width,
         head_dim=head_dim,
         heads=(width // head_dim,) * len(ffn),
-        ffn=tuple(ffn),
+        ffn=ffn,
         region_layers=len(ffn) // 3 if region_layers is None else region_layers,
         activation=activation,
         norm_eps=norm_eps,
         class_token=class_token,
         register_tokens=registers,
         prefix_positions=own,
-        pooling="map"
-        if pool is not None
-        else "class"
-        if class_token and not pooled_norm
-        else "mean",
+        pooling=pooling if pool is None else "map",
         pool_ffn=0 if pool is None else pool.shape[0],
         pre_norm="norm_pre.weight" in state,
         final_norm="pooled" if pooled_norm else "tokens" if "norm.weight" in state else "none",

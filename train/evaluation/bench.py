@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -29,8 +29,9 @@ from train.evaluation.workload import PARTS, WHOLE, Workload, calls_of
 if TYPE_CHECKING:
     from models.xvlm import XVLM
 
-__all__ = ["bench", "measure", "table"]
+__all__ = ["bench", "fitting", "measure", "table"]
 
+T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _Calls = dict[tuple[str, str], Callable[[], object]]
 
@@ -135,6 +136,42 @@ def _one_batch(
     return {"latency": latency, "speedup": speedup, "peak": peak}
 
 
+def fitting(sizes: Sequence[int], measured: Callable[[int], T]) -> tuple[dict[str, T], list[int]]:
+    """What is measured in each batch size, and the sizes that do not fit into the memory.
+
+    Raises:
+        ValueError: none fits.
+    """
+    found: dict[str, T] = {}
+    too_large = []
+    for size in sizes:
+        try:
+            found[str(size)] = measured(size)
+        except torch.OutOfMemoryError:
+            too_large.append(size)
+        gc.collect()
+    if not found:
+        raise ValueError(f"no batch of {', '.join(map(str, sizes))} fits into the memory")
+    return found, too_large
+
+
+def _of_model(
+    name: str, folder: Path, model: XVLM, macs: dict[str, int], batches: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The entry of one model in the result of `bench`."""
+    from models.summary import parameters
+
+    return {
+        "folder": str(folder.resolve()),
+        "latency": {size: row["latency"][name][WHOLE] for size, row in batches.items()},
+        "parts": {size: row["latency"][name] for size, row in batches.items()},
+        "parameters": parameters(model),
+        "macs": macs,
+        "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "peak_bytes": {size: row["peak"][name] for size, row in batches.items()},
+    }
+
+
 def bench(
     folders: Mapping[str, Path],
     batch_sizes: Sequence[int] = (1, 8, 32, 128),
@@ -160,42 +197,26 @@ def bench(
         ValueError, FileNotFoundError: models of different forms, or folders that are none.
     """
     from models import from_pretrained
-    from models.summary import parameters
 
     work, place = work or Workload(), torch.device(device)
     models = {name: from_pretrained(f, dtype=DTYPES[dtype]) for name, f in folders.items()}
     form = _one_form(models, folders)
     options = {"repeats": repeats, "warm_up": warm_up, "parts": parts}
-    batches, too_large = {}, []
     with threads_of(threads):
         macs = {name: _macs(model.to(place).eval(), work, place) for name, model in models.items()}
-        for size in batch_sizes:
-            try:
-                batches[str(size)] = _one_batch(models, size, work, place, options)
-            except torch.OutOfMemoryError:
-                too_large.append(size)
-            gc.collect()
+        batches, too_large = fitting(
+            batch_sizes, lambda size: _one_batch(models, size, work, place, options)
+        )
         used = torch.get_num_threads()
-    if not batches:
-        raise ValueError(f"no batch of {', '.join(map(str, batch_sizes))} fits into the memory")
-    result = {
-        name: {
-            "folder": str(folders[name].resolve()),
-            "latency": {size: row["latency"][name][WHOLE] for size, row in batches.items()},
-            "parts": {size: row["latency"][name] for size, row in batches.items()},
-            "parameters": parameters(model),
-            "macs": macs[name],
-            "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-            "peak_bytes": {size: row["peak"][name] for size, row in batches.items()},
-        }
-        for name, model in models.items()
-    }
     others = list(models)[1:]
     speedup = {
         name: {size: row["speedup"][name] for size, row in batches.items()} for name in others
     }
     return {
-        "models": result,
+        "models": {
+            name: _of_model(name, folders[name], model, macs[name], batches)
+            for name, model in models.items()
+        },
         "speedup": speedup,
         "macs_ratio": {n: macs[next(iter(models))]["total"] / macs[n]["total"] for n in others},
         "break_even": {name: break_even(rows) for name, rows in speedup.items()},

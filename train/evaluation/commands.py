@@ -100,9 +100,22 @@ def add_parsers(subparsers: Any) -> None:
         parser.set_defaults(evaluation_verb=name)
         return parser
 
-    parser = new(
-        "eval", "Accuracy of a model on a task, with the language-only baseline beside it."
+    _eval_arguments(
+        new("eval", "Accuracy of a model on a task, with the language-only baseline beside it.")
     )
+    _bench_arguments(
+        new(
+            "bench",
+            "Latency, throughput, memory, parameters and MACs of models of one form, whole and by "
+            "part; they take turns, and the first is what the others are compared with.",
+        )
+    )
+    _predict_arguments(
+        new("predict", "What a model says of a picture: answer, caption, match, truth or box.")
+    )
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="model folder")
     parser.add_argument("--task", choices=list(_SAID), required=True)
     parser.add_argument("--data", type=Path, required=True, help="data folder (holds TASK/SPLIT)")
@@ -123,11 +136,8 @@ def add_parsers(subparsers: Any) -> None:
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers here")
     _shared(parser)
 
-    parser = new(
-        "bench",
-        "Latency, throughput, memory, parameters and MACs of models of one form, whole and by part; "
-        "they take turns, and the first is what the others are compared with.",
-    )
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="model folders")
     parser.add_argument("--names", default=None, help="names with commas; default: the folders'")
     parser.add_argument(
@@ -149,7 +159,8 @@ def add_parsers(subparsers: Any) -> None:
     _modes(parser)
     _shared(parser)
 
-    parser = new("predict", "What a model says of a picture: answer, caption, match, truth or box.")
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="model folder with its tokenizer")
     parser.add_argument("--task", choices=list(_SAID), required=True)
     parser.add_argument(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from train.evaluation.bench import DTYPES
+from train.evaluation.bench import DTYPES, fitting
 from train.evaluation.latency import device_name, interleave, ratios, summarise, threads_of, waiter
 from train.evaluation.workload import WHOLE, Inputs, Workload, calls_of
 
@@ -83,6 +83,14 @@ def held_out(
     return found
 
 
+def _check_inputs(folder: Path, modes: Sequence[str], data: Path | None) -> None:
+    if data is None and "bucket" not in modes:
+        raise ValueError(
+            f"{folder}: config.json has no counts for its sites (trimming.vision_keep, ...), so "
+            "random inputs say nothing: name real ones with --data FOLDER"
+        )
+
+
 def bench_modes(
     folder: Path,
     batch_sizes: Sequence[int] = (1, 8, 32, 128),
@@ -116,30 +124,19 @@ def bench_modes(
     work, place = work or Workload(), torch.device(device)
     model = from_pretrained(folder, dtype=DTYPES[dtype], device=place)
     modes = modes_of(model)
-    if data is None and "bucket" not in modes:
-        raise ValueError(
-            f"{folder}: config.json has no counts for its sites (trimming.vision_keep, ...), so "
-            "random inputs say nothing: name real ones with --data FOLDER"
-        )
-    batches: dict[str, dict[str, Any]] = {}
-    too_large = []
+    _check_inputs(folder, modes, data)
+
+    def measured(size: int) -> dict[str, Any]:
+        if data is None:
+            inputs, fixed = [Inputs.random(model.config, size, work, place)], True
+        else:
+            inputs = held_out(folder, model.config, data, split, size, work, place)
+            fixed = None
+        return _one_batch(model, modes, inputs, work, place, fixed, repeats, warm_up)
+
     with threads_of(threads), torch.inference_mode():
-        for size in batch_sizes:
-            inputs = (
-                [Inputs.random(model.config, size, work, place)]
-                if data is None
-                else held_out(folder, model.config, data, split, size, work, place)
-            )
-            fixed = True if data is None else None
-            try:
-                batches[str(size)] = _one_batch(
-                    model, modes, inputs, work, place, fixed, repeats, warm_up
-                )
-            except torch.OutOfMemoryError:
-                too_large.append(size)
+        batches, too_large = fitting(batch_sizes, measured)
         used = torch.get_num_threads()
-    if not batches:
-        raise ValueError(f"no batch of {', '.join(map(str, batch_sizes))} fits into the memory")
     return {
         "folder": str(folder.resolve()),
         "form": model.config.form,

@@ -24,6 +24,13 @@ def _types(scores: Mapping[str, float], prefix: str) -> dict[str, float]:
     }
 
 
+def _without_rounds(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        batch: {key: value for key, value in row.items() if key != "seconds"}
+        for batch, row in rows.items()
+    }
+
+
 def summarise(
     scores: Mapping[str, Mapping[str, float]], bench: Mapping[str, Any], seconds: float
 ) -> dict[str, Any]:
@@ -57,12 +64,6 @@ def summarise(
         }
 
     above = teacher["accuracy"] - blind
-    latency = {
-        name: {
-            batch: {k: v for k, v in row.items() if k != "seconds"} for batch, row in rows.items()
-        }
-        for name, rows in ((name, measured[name]["latency"]) for name in MODELS)
-    }
     details = {
         "questions": int(scores["pruned"]["accuracy_count"]),
         "threads": bench["threads"],
@@ -73,7 +74,7 @@ def summarise(
         "sparsity": {"exported": 1 - pruned["params_prunable"] / student["params_prunable"]},
         "accuracy_by_type": {name: _types(scores[name], "accuracy") for name in MODELS}
         | {"blind": _types(scores["teacher"], "blind_accuracy")},
-        "latency": latency,
+        "latency": {name: _without_rounds(measured[name]["latency"]) for name in MODELS},
         "parameters": {name: measured[name]["parameters"] for name in MODELS},
         "macs": {name: measured[name]["macs"] for name in MODELS},
     }
