@@ -10,14 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.gated_linear import ALL, Entries, GatedLinear
 from models.gates import GateSlot
 from models.kernels.head_mask import head_mask
 from models.outputs import AttentionTrace
-from models.packing import Packing, packed_attention, weighted_attention
+from models.packing import (
+    Packing,
+    fused_attention,
+    packed_attention,
+    salient,
+    weighted_attention,
+)
 
 __all__ = ["Attention", "BiasOnly", "KeyValueCache", "KeyValues", "LayerCache"]
 
@@ -306,8 +311,8 @@ def _mix(
     mask, is_causal = _visible(key_mask, causal, q.shape[2], k.shape[2], q.device)
     options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": is_causal}
     if weight is None:
-        return F.scaled_dot_product_attention(q, k, v, **options)
-    return weighted_attention(q, k, v, weight, q.shape[-1] ** -0.5, **options)
+        return fused_attention(q, k, v, **options)
+    return weighted_attention(q, k, v, salient(weight), q.shape[-1] ** -0.5, **options)
 
 
 def _packed(

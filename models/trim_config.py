@@ -50,7 +50,7 @@ class TrimmingConfig:
     heads: tuple[TrimmedEncoder, ...] = ()
     bottleneck: int = 64
     projection: int = 64
-    init_logit: float = 5.0
+    init_logit: float = 2.0
     min_tokens: int = 1
     vision_keep: tuple[int, ...] | None = None
     fusion_keep: tuple[int, ...] | None = None

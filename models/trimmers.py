@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.packing import salient
 from models.trim_config import TrimmingConfig
 
 __all__ = ["HeadTrimmer", "TokenTrimmer", "Trimmers", "decide"]
 
 _OUTPUT_STD = 0.02  # small against init_logit: a fresh trimmer keeps everything
+_ALPHA = 0.1  # of the cross-modal term, which is at most 1 at first: below init_logit
 _TEMPERATURE, _LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = 0.1, 0.01, 1.0
 _NOISE_EDGE = 1e-6
 
@@ -45,7 +47,8 @@ class LogitLinear(nn.Linear):
 class TokenTrimmer(nn.Module):
     """logit = MLP(LN(x)) + alpha * cos(Wq LN(x), Wk LN(guide)) / t, kept where above 0.
 
-    alpha starts at 0 and t at 0.1 (clamped to [0.01, 1]); both are learned.
+    alpha starts at 0.1 and t at 0.1 (clamped to [0.01, 1]); both are learned. From alpha 0 the two
+    projections would have no gradient, and alpha that of a comparison by chance.
 
     Args:
         guide_width: of the other modality's first token; None: no second term.
@@ -69,7 +72,7 @@ class TokenTrimmer(nn.Module):
             self.query = nn.Linear(width, projection, bias=False)
             self.key = nn.Linear(guide_width, projection, bias=False)
             # One element each, because engines refuse 0-dim parameters.
-            self.alpha = nn.Parameter(torch.zeros(1))
+            self.alpha = nn.Parameter(torch.full((1,), _ALPHA))
             self.temperature = nn.Parameter(torch.full((1,), _TEMPERATURE))
         self.reset()
 
@@ -82,7 +85,7 @@ class TokenTrimmer(nn.Module):
             self.guide_norm.reset_parameters()
             for linear in (self.query, self.key):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            self.alpha.zero_()
+            self.alpha.fill_(_ALPHA)
             self.temperature.fill_(_TEMPERATURE)
 
     def forward(self, x: Tensor, guide: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
@@ -94,7 +97,7 @@ class TokenTrimmer(nn.Module):
         Raises:
             ValueError: when the trimmer compares with a guide and there is none.
         """
-        normed = self.norm(x)
+        normed = self.norm(x.detach())
         logits = self.fc2(F.gelu(self.fc1(normed))).squeeze(-1)
         if not self.guided:
             return logits
@@ -103,7 +106,7 @@ class TokenTrimmer(nn.Module):
                 "this trimmer compares tokens with the other modality's first token: pass guide= "
                 "(text first, then encode_image(images, guide=text.last[:, 0]))"
             )
-        key = F.normalize(self.key(self.guide_norm(guide)).float(), dim=-1)
+        key = F.normalize(self.key(self.guide_norm(guide.detach())).float(), dim=-1)
         key = key.unsqueeze(1) if rows is None else key.index_select(0, rows)
         likeness = (F.normalize(self.query(normed).float(), dim=-1) * key).sum(-1)
         divisor = self.temperature.float().clamp(_LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE)
@@ -137,7 +140,7 @@ class HeadTrimmer(nn.Module):
     def forward(self, first: Tensor, other: Tensor | None = None) -> Tensor:
         """first (B, D), other (B, Dg) or None -> (B, H) float32."""
         joined = first if other is None else torch.cat([first, other.to(first.dtype)], dim=-1)
-        return self.fc2(F.gelu(self.fc1(self.norm(joined))))
+        return self.fc2(F.gelu(self.fc1(self.norm(joined.detach()))))
 
 
 def _reset_mlp(fc1: nn.Linear, fc2: nn.Linear, init_logit: float) -> None:
@@ -234,7 +237,7 @@ class Trimmers(nn.Module):
         self.repack: frozenset[int] | None = None
         self.mode: str = config.mode
         self.fixed = config.mode == "bucket"
-        self.tau = 1.0
+        self.tau: float | None = 1.0
 
     def reset(self) -> None:
         """Fresh weights that keep everything."""
@@ -287,4 +290,4 @@ class Trimmers(nn.Module):
             kept = decide(logits, present, tau=self.noise) * present
         if self.mode in ("gather", "packed") and kept.shape[0] == 1:
             return kept[0].nonzero().squeeze(1), kept
-        return kept, kept
+        return salient(kept), kept

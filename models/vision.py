@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from models.attention import Attention
 from models.layers import FeedForward, Recorder, ViTBlock, run_block
 from models.outputs import Capture, EncoderOutput
-from models.packing import masked_mean
+from models.packing import masked_mean, salient
 from models.part_configs import VisionConfig
 from models.streams import TokenStream
 from models.trim_config import TrimmingConfig
@@ -273,7 +273,7 @@ class VisionEncoder(nn.Module):
         elif self.pool is not None:
             first = self.pool(patches, visible)
         else:
-            first = patches.mean(1) if visible is None else masked_mean(patches, visible)
+            first = patches.mean(1) if visible is None else masked_mean(patches, salient(visible))
             first = first[:, None]
         if config.final_norm == "pooled":
             first = self.norm(first)

@@ -244,7 +244,9 @@ class XVLM(FormHeads):
             if isinstance(block, ViTBlock | BertLayer):
                 block.recompute = enabled
 
-    def set_trimming(self, mode: str, *, fixed: bool | None = None, tau: float = 1.0) -> None:
+    def set_trimming(
+        self, mode: str, *, fixed: bool | None = None, tau: float | None = 1.0
+    ) -> None:
         """How trimmers run from now on; the model starts with `config.trimming.mode`.
 
         Args:
@@ -256,7 +258,7 @@ class XVLM(FormHeads):
                 unequal length lie behind one another, and attention runs on ragged rows.
             fixed: the counts of "bucket" decide rather than the sign of the logits; None: in mode
                 "bucket" only.
-            tau: temperature of the decisions' noise in training.
+            tau: temperature of the decisions' noise in training; None: decisions as in evaluation.
 
         Raises:
             ValueError: on an unknown mode, a model without trimmers, or counts that are missing.
@@ -264,7 +266,7 @@ class XVLM(FormHeads):
         trimming = self.config.trimming
         if trimming is None:
             raise ValueError("this model has no trimmers; models.trimming.with_trimming adds them")
-        if mode not in get_args(TrimMode) or tau <= 0:
+        if mode not in get_args(TrimMode) or (tau is not None and tau <= 0):
             raise ValueError(
                 f"trimming mode {mode!r} with tau {tau}: modes are {get_args(TrimMode)}, tau is "
                 "above 0"

@@ -105,6 +105,7 @@ def _with_sites(config: RunConfig, known: ModelConfig) -> ModelConfig:
     if trim.guided is not None or trim.vision == ():
         changes["guided"] = bool(trim.guided)
     changes |= {"heads": trim.heads, "bottleneck": trim.bottleneck, "projection": trim.projection}
+    changes["init_logit"] = trim.init_logit
     return replace(known, trimming=default_trimming(known, **changes))
 
 

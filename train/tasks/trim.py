@@ -93,15 +93,15 @@ class TrimTask(Task):
             "target_share": torch.tensor(target, device=macs.device),
         }
         if trim.cost == "macs":
-            return (macs - target) ** 2, metrics
+            return _excess(macs, target), metrics
         tokens, heads = kept_shares(ours)
         tokens = _over_ranks(tokens)
-        term = (tokens - target) ** 2
+        term = _excess(tokens, target)
         metrics["tokens_share"] = tokens.detach()
         if heads is not None:
             heads = _over_ranks(heads)
             metrics["heads_share"] = heads.detach()
-            term = term + (heads - trim.target(step, self.steps, trim.head_budget)) ** 2
+            term = term + _excess(heads, trim.target(step, self.steps, trim.head_budget))
         return term, metrics
 
 
@@ -122,6 +122,13 @@ def row_shares(costs: Costs) -> Tensor | None:
         return costs.per_example() / costs.total_dense()
     except ValueError:
         return None
+
+
+def _excess(share: Tensor, target: float) -> Tensor:
+    """The square of what a share has above its target. Below it nothing pulls it back up but the
+    task: a cost that is missed from below would first drive every decision to a certain keep.
+    """
+    return (share - target).clamp_min(0.0) ** 2
 
 
 def _over_ranks(share: Tensor) -> Tensor:

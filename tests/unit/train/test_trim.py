@@ -109,15 +109,19 @@ def test_the_target_never_rises_and_ends_at_the_budget(budget, warmup, ramp, ste
     assert all(target == 1.0 for step, target in enumerate(path) if step < warmup * steps)
 
 
-def test_the_noise_cools_over_the_run():
-    trim = TrimConfig(tau=2.0, final_tau=0.5)
-    assert [trim.noise(step, STEPS) for step in (0, 50, 100)] == [2.0, 1.25, 0.5]
+def test_the_noise_cools_over_the_run_and_ends_before_it():
+    trim = TrimConfig(tau=2.0, final_tau=0.5, settle=0.0)
+    assert [trim.noise(step, STEPS) for step in (0, 50, 99)] == [2.0, 1.25, pytest.approx(0.515)]
+    trim = TrimConfig(settle=0.25)
+    assert [trim.noise(step, STEPS) for step in (0, 74, 75, 99)] == [1.0, 1.0, None, None]
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"budget": 0.0}, "trim.budget"),
+        ({"init_logit": 1.0}, "trim.init_logit"),
+        ({"settle": 1.5}, "trim.settle"),
         ({"budget": 1.1}, "trim.budget"),
         ({"warmup": 0.7, "ramp": 0.4}, "together at most 1"),
         ({"warmup": -0.1}, "not negative"),
@@ -253,14 +257,39 @@ def test_a_fresh_model_keeps_everything_and_only_its_trimmers_cost(task):
     assert kept and all(value.item() == 1.0 for value in kept.values()), kept
 
 
+def test_a_cost_below_its_target_is_no_loss():
+    """Else a target of 1 in the warm-up would drive every decision to a certain keep."""
+    model = decisive(trimmed("vqa"), bias=-3.0).eval()
+    losses = losses_of("vqa", model, 0)
+    assert losses.metrics["target_share"].item() == 1.0 > losses.metrics["macs_share"].item()
+    assert losses.terms["cost"].item() == 0.0
+    losses = losses_of("vqa", model, STEPS, budget=0.01)
+    gap = losses.metrics["macs_share"].item() - 0.01
+    assert losses.terms["cost"].item() == pytest.approx(gap**2, rel=1e-4)
+
+
+def test_a_run_that_settles_decides_as_inference_does():
+    model = decisive(trimmed("vqa")).train()
+
+    def kept(step: int) -> list[float]:
+        losses = losses_of("vqa", model, step, settle=0.5)
+        return [value.item() for name, value in losses.metrics.items() if name.startswith("keep/")]
+
+    assert kept(10) != kept(10)  # noise
+    settled = kept(STEPS // 2)
+    assert settled == kept(STEPS - 1)
+    model.eval()
+    assert settled == kept(10)
+
+
 def test_the_cost_as_kept_shares():
     model = decisive(trimmed("grounding", heads=("vision",), text=(1, 2))).eval()
     losses = losses_of(
-        "grounding", model, STEPS, cost="ratio", heads=("vision",), budget=0.5, head_budget=0.75
+        "grounding", model, STEPS, cost="ratio", heads=("vision",), budget=0.1, head_budget=0.2
     )
     tokens, heads = (losses.metrics[f"{kind}_share"].item() for kind in ("tokens", "heads"))
-    assert 0.1 < tokens < 0.9 and 0 < heads < 1
-    expected = (tokens - 0.5) ** 2 + (heads - 0.75) ** 2
+    assert 0.15 < tokens < 0.9 and 0.25 < heads < 1
+    expected = (tokens - 0.1) ** 2 + (heads - 0.2) ** 2
     assert losses.terms["cost"].item() == pytest.approx(expected, rel=1e-4)
 
     # The same shares, counted one row at a time where dropped tokens are really gone.
