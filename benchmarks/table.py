@@ -179,12 +179,12 @@ def identities(cells: Sequence[Cell]) -> dict[str, str]:
 # -- doing it --------------------------------------------------------------------------------------
 
 
-def prepare_data(work: Path, scenes: Sequence[int]) -> None:
-    """Data of all tasks without the teachers' scenes, once."""
+def prepare_data(work: Path, scenes: Sequence[int], options: str = DATA) -> None:
+    """Data of all tasks, or those of `options`, without the teachers' scenes, once."""
     if not (work / "data" / "dataset.json").is_file():
         train, val, test = scenes
         argv = [sys.executable, "-m", "train.main", "data", "blocksworld", "--out", work / "data"]
-        argv += ["--scenes", train, "--val", val, "--test", test, *DATA.split()]
+        argv += ["--scenes", train, "--val", val, "--test", test, *options.split()]
         argv += ["--exclude", ROOT / PRETRAINED / "scenes-train.npy"]
         subprocess.run([str(part) for part in argv], check=True, cwd=ROOT)
 

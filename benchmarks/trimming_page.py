@@ -11,6 +11,7 @@ from table import ROOT, Cell, finished, read_json, write_json
 
 SAID = {
     "trim": "trimmed (adaptive)",
+    "self": "trimmed, not told the text (ablation)",
     "uniform": "learned scores, fixed counts",
     "random-trained": "random patches, trimmed weights",
     "random": "random patches",
@@ -22,7 +23,17 @@ SAID = {
 _COLOURS = dict(
     zip(
         SAID,
-        ("#0b6e4f", "#3f9c7c", "#b9a44c", "#8a8f8c", "#2a6fb0", "#7fb2e5", "#c0562f", "#7d4f9e"),
+        (
+            "#0b6e4f",
+            "#6cc24a",
+            "#3f9c7c",
+            "#b9a44c",
+            "#8a8f8c",
+            "#2a6fb0",
+            "#7fb2e5",
+            "#c0562f",
+            "#7d4f9e",
+        ),
         strict=True,
     )
 )
@@ -224,6 +235,9 @@ def _budget_lines(budget: str, told: Mapping[str, Any]) -> list[str]:
             "The trimmed weights with trimming off: "
             f"{', '.join(f'{100 * score:.2f}' for score in full)}.",
         ]
+    if "self" in told["methods"]:
+        lead = _interval(told["methods"]["self"]["trimmed_minus_it"])
+        lines += ["", f"Guided by the text against judged by the image alone: {lead} points."]
     return [*lines, "", *_behaviour_lines(told), ""]
 
 
@@ -251,7 +265,7 @@ def _verdict(told: Mapping[str, Any]) -> str:
     trim = half["trim"]
     share = sum(trim["macs_share"]) / len(trim["macs_share"])
     lost = -trim["minus_dense"]["mean"]
-    rivals = {kind: row for kind, row in half.items() if kind != "trim"}
+    rivals = {kind: row for kind, row in half.items() if kind not in ("trim", "self")}
     behind = [SAID[kind] for kind, row in rivals.items() if row["trimmed_minus_it"]["low"] <= 0]
     return (
         f"Goal, 2x fewer MACs for at most 1 point, ahead of every baseline: {1 / share:.2f}x fewer "
@@ -268,7 +282,7 @@ def page(result: Mapping[str, Any], stem: str = "trimming-results") -> str:
         "",
         "Written by `benchmarks/trimming.py` from `benchmarks/results/trimming.json`; do not edit.",
         "",
-        "The task's teacher (four vision blocks, 36 patches) is trimmed in front of every block. A "
+        "The task's teacher (four vision blocks, 81 patches) is trimmed in front of every block. A "
         "baseline gets the smallest counts with which it costs at least as many multiply-accumulates "
         "(MACs) as the trimmed model, so a lead over it is at equal cost or less. MACs are counted by "
         "torch while questions are answered one by one, the ranking of answers included; MACs that "

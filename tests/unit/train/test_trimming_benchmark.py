@@ -83,13 +83,16 @@ def test_every_cell_comes_after_what_it_needs_and_its_command_is_valid(tmp_path)
             verb, recipe, *overrides = cell.argv
             config, _ = load_run_config(find_recipe(recipe), [f"stage={verb}", *overrides])
             check_stage(config)
-            if cell.kind.startswith("trim@"):
+            kind, _, budget = cell.kind.partition("@")
+            if budget:
                 assert config.trim is not None
-                assert f"trim@{config.trim.budget:g}" == cell.kind and config.seed == cell.seed
+                assert f"{config.trim.budget:g}" == budget
+                assert (config.trim.guided is False) == (kind == "self")
+                assert config.seed == cell.seed
                 assert Path(config.out) / "model" == cell.model
     assert len(before) == len(cells)
-    # Seed 0: trim, two on its weights, five baselines, latency; vqa: behaviour as well.
-    assert len(cells) == 2 + 2 * (10 + 9) + 2 * (4 + 3)
+    # Seed 0: trim, two on its weights, five baselines, latency; vqa: behaviour, self alone as well.
+    assert len(cells) == 2 + 2 * (11 + 9) + 2 * (4 + 3)
 
 
 def test_a_cell_is_another_one_when_the_training_it_follows_changes(tmp_path):
@@ -100,7 +103,7 @@ def test_a_cell_is_another_one_when_the_training_it_follows_changes(tmp_path):
     other = replace(cells[at], argv=(*cells[at].argv, "optim.lr=1"))
     changed = trimming.identities([*cells[:at], other, *cells[at + 1 :]])
     moved = {name for name in names if names[name] != changed[name]}
-    assert moved == {name for name in names if "-0.5" in name}
+    assert moved == {name for name in names if "-0.5" in name and "self" not in name}
 
 
 @torch.inference_mode()
