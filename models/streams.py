@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.kernels.pack_tokens import pack_tokens
 from models.outputs import TrimSite
-from models.packing import Packing, masked_mean, salient
+from models.packing import Packing, masked_mean
 from models.trimmers import Trimmers, decide
 
 __all__ = ["BlockTrim", "TokenStream"]
@@ -89,7 +89,7 @@ class TokenStream:
         mask = self._grid_mask()
         if mask is None:
             return x.mean(1)
-        return masked_mean(x, salient(mask))
+        return masked_mean(x, mask)
 
     # --- changes --------------------------------------------------------------------------------
 

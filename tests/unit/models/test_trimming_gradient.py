@@ -54,10 +54,21 @@ def test_attention_hands_its_keep_weights_their_salience():
     assert (signed[weight > 0] > 0).any() and (signed[weight == 0] != 0).any()
 
 
+_MEAN = {
+    "class_token": False,
+    "pooling": "mean",
+    "heads": (2,) * 4,
+    "head_dim": 16,
+    "image_size": 24,
+}
+
+
+@pytest.mark.parametrize("vision", [None, _MEAN], ids=["class token", "mean"])
 @pytest.mark.parametrize("form", ["vqa", "retrieval"])
-def test_a_task_can_only_ask_for_tokens_and_never_shapes_states_through_decisions(form):
+def test_a_task_can_only_ask_for_tokens(form, vision):
     """The bias of a last layer gets -sigma' times what tokens matter: never a push to drop them."""
-    model = trimmed(form, heads=("vision", "text", "fusion")).train()
+    changes = None if vision is None else {"vision": vision}
+    model = trimmed(form, changes=changes, heads=("vision", "text", "fusion")).train()
     batch = Batch(model)
     torch.manual_seed(1)
     torch.stack([value.float().square().mean() for value in run(model, batch)]).sum().backward()

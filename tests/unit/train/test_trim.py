@@ -23,7 +23,9 @@ from models.xvlm import XVLM
 from tests.unit.train import test_downstream_tasks as downstream
 from tests.unit.train import test_tasks as answering
 from train.config import KdConfig
+from train.recipes_io import find_recipe, load_run_config
 from train.stages.trim import Kept, keep_counts, measure
+from train.student import model_config
 from train.tasks.base import Losses, StepContext
 from train.tasks.trim import TrimTask, costs_of, kept_shares, site_shares
 from train.tasks.vqa import VqaTask
@@ -107,6 +109,13 @@ def test_the_target_never_rises_and_ends_at_the_budget(budget, warmup, ramp, ste
     path = [trim.target(step, steps) for step in range(steps + 1)]
     assert path == sorted(path, reverse=True) and path[-1] == pytest.approx(budget)
     assert all(target == 1.0 for step, target in enumerate(path) if step < warmup * steps)
+
+
+def test_fresh_trimmers_start_where_the_run_says():
+    overrides = ["model=blocksworld-student", "trim.init_logit=3.5"]
+    run, _ = load_run_config(find_recipe("blocksworld-vqa-trim"), overrides)
+    trimming = model_config(run, 80).trimming
+    assert trimming is not None and trimming.init_logit == 3.5 and trimming.vision == (0, 1)
 
 
 def test_the_noise_cools_over_the_run_and_ends_before_it():
