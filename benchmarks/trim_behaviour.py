@@ -7,7 +7,7 @@ text? Crowd: do pictures with few things cost less than crowded ones?
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from trim_models import Asked, respond, together
 
+from data_pipeline.blocksworld.questions import questions
 from data_pipeline.blocksworld.render import render
 from data_pipeline.blocksworld.scenes import Scene, draw_scene
 from data_pipeline.text import TextEncoder
@@ -25,6 +26,7 @@ from train.evaluation.vqa import vqa_score
 if TYPE_CHECKING:
     from models.xvlm import XVLM
 
+Asks = list[dict[str, str]]  # as of data_pipeline.blocksworld.questions
 _SEED = 991  # of the probes; their scenes are of the test split, whatever the seed
 _ROWS = 64
 _WORDINGS = ("what colour is the {shape}", "which colour has the {shape}")  # of questions.py
@@ -151,24 +153,39 @@ def shuffled(model: XVLM, batches: Any, answers: Any, top_k: int) -> dict[str, A
 
 @torch.inference_mode()
 def crowd(
-    model: XVLM, encoder: TextEncoder, count: int, question: str = "how many things are there"
+    model: XVLM, encoder: TextEncoder, count: int, ask: Callable[[Scene], Asks] = questions
 ) -> dict[str, Any]:
-    """Cost of one question by the number of things in the picture, and their correlation."""
+    """Cost of the questions about `count` pictures by the number of things that are in them, and by
+    type of question; with the correlation of cost and number, for all questions and for each type.
+    """
     scenes = [draw_scene(_SEED, "test", index)[0] for index in range(count)]
-    rows = rows_of(scenes, [question] * count, model.config.vision.image_size, encoder)
+    rows = [(scene, asked) for scene in scenes for asked in ask(scene)]
+    texts = [asked["question"] for _, asked in rows]
+    inputs = rows_of([s for s, _ in rows], texts, model.config.vision.image_size, encoder)
     costs: list[float] = []
-    for begin in range(0, count, _ROWS):
-        part = together(rows[begin : begin + _ROWS])
+    for begin in range(0, len(rows), _ROWS):
+        part = together(inputs[begin : begin + _ROWS])
         index = torch.arange(len(part.ids))
         image, ((states, seen),) = see(model, part.images, (index,), part.ids, part.mask)
         fused = model.multimodal(part.ids, part.mask, states, seen, text=image.guide)
         costs += expected_macs(model.config, image=image, fused=fused).per_example().tolist()
-    things = np.array([len(scene.things) for scene in scenes])
-    spent = np.array(costs)
+    things = np.array([len(scene.things) for scene, _ in rows])
+    kinds = np.array([asked["type"] for _, asked in rows])
+    spent = np.array(costs) / 1e6
     return {
-        "pictures": count,
-        "mmacs_by_things": {
-            str(n): float(spent[things == n].mean() / 1e6) for n in sorted(set(things.tolist()))
+        "pictures": count, "questions": len(rows),
+        "mmacs_by_things": _means(spent, things), "mmacs_by_type": _means(spent, kinds),
+        "correlation": _correlation(things, spent),
+        "correlation_by_type": {
+            str(kind): _correlation(things[kinds == kind], spent[kinds == kind])
+            for kind in np.unique(kinds)
         },
-        "correlation": float(np.corrcoef(things, spent)[0, 1]) if spent.std() else 0.0,
-    }
+    }  # fmt: skip
+
+
+def _means(values: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    return {str(group): float(values[groups == group].mean()) for group in np.unique(groups)}
+
+
+def _correlation(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.corrcoef(one, other)[0, 1]) if one.std() and other.std() else 0.0

@@ -245,14 +245,18 @@ def _behaviour_lines(told: Mapping[str, Any]) -> list[str]:
     lines = []
     for seed, found in told.get("behaviour", {}).items():
         overlap, text, crowd = found["overlap"], found["shuffled_text"], found["crowd"]
-        costs = ", ".join(f"{n}: {macs:.1f}" for n, macs in crowd["mmacs_by_things"].items())
+        costs, kinds = (
+            ", ".join(f"{n} {macs:.1f}" for n, macs in crowd[f"mmacs_by_{group}"].items())
+            for group in ("things", "type")
+        )
+        each = ", ".join(f"{n} {value:.2f}" for n, value in crowd["correlation_by_type"].items())
         lines += [
             f"Seed {seed}. Kept patches of two wordings of a question overlap by "
             f"{100 * overlap['two_wordings']:.1f} %, of questions about two things by "
             f"{100 * overlap['two_things']:.1f} %; difference {_interval(overlap['difference'])}. "
             "Trimmers that are told another picture's question lose "
             f"{_interval(text['difference'])} points. MMACs by things in the picture: {costs}; "
-            f"correlation {crowd['correlation']:.2f}.",
+            f"correlation {crowd['correlation']:.2f} ({each}). By type of question: {kinds}.",
         ]
     return lines
 

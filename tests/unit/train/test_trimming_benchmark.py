@@ -225,10 +225,16 @@ def test_crowded_pictures_are_seen_to_cost_more(encoder, monkeypatch):
         trim_behaviour, "picture",
         lambda scene, size: torch.full((1, 3, size, size), 50 * len(scene.things)).byte(),
     )  # fmt: skip
-    told = trim_behaviour.crowd(model, encoder, 8, "how many things are there")
+    kinds = {"count": "how many things are there", "existence": "is there a red circle"}
+    asked = [{"question": text, "type": kind} for kind, text in kinds.items()]
+    told = trim_behaviour.crowd(model, encoder, 8, lambda scene: asked)
+    assert (told["pictures"], told["questions"]) == (8, 16)
+    assert set(told["mmacs_by_type"]) == set(told["correlation_by_type"]) == set(kinds)
+    for value in told["correlation_by_type"].values():
+        assert abs(value) > 0.999
     assert set(told["mmacs_by_things"]) == {"1", "5"}
     low, high = told["mmacs_by_things"].values()
-    assert (told["correlation"] > 0) == (high > low) and abs(told["correlation"]) > 0.999
+    assert (told["correlation"] > 0) == (high > low) and abs(told["correlation"]) > 0.9
 
 
 def test_shuffling_compares_answers_of_the_same_questions(monkeypatch):
