@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from models.kernels.pack_tokens import unpack_tokens
 
@@ -110,7 +111,9 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tenso
     Args:
         q: (B, H, N, d).   k, v: (B, H, K, d).   options: of scaled_dot_product_attention.
     """
-    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    # A plan of a GPU's memory runs on fake tensors, which say "cpu".
+    if not half or q.device.type != "cpu" or isinstance(q, FakeTensor):
         return F.scaled_dot_product_attention(q, k, v, **options)  # type: ignore[arg-type]
     bias = options.get("attn_mask")
     if isinstance(bias, Tensor) and bias.is_floating_point():

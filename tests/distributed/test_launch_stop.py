@@ -16,9 +16,10 @@ from train.runtime import distributed, report
 # On SIGTERM a rank tells that it "saved" and leaves as a stage does.
 RANK = """
 import os, signal, sys
+# Before there is a second thread: one that does not block it would die of what comes before the wait.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 from train.runtime import distributed, report
 distributed._stop_with_launcher()
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 with open(os.path.join(sys.argv[-1], "ready"), "w") as pipe:
     pipe.write("x")
 while True:  # the watching thread sends it to the process

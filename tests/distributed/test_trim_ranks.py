@@ -72,7 +72,8 @@ def one_step(cost: str) -> dict[str, Tensor]:
     plain = presets.config("blocksworld-micro-teacher", form="vqa", vision=vision, text=text)
     # Evaluation: noise is drawn by each rank for itself.
     model = decisive(with_trimming(XVLM(plain))).eval()
-    task = TrimTask(VqaTask({}, KdConfig(), model.config, None), TrimConfig(cost=cost), 10)  # type: ignore[arg-type]
+    trim = TrimConfig(cost=cost, budget=0.02)  # type: ignore[arg-type]
+    task = TrimTask(VqaTask({}, KdConfig(), model.config, None), trim, 10)
     context = StepContext(10, rank, world, torch.Generator().manual_seed(1))
     losses = task.losses(model, None, half(rank, world, 24), context)
     losses.total().backward()
