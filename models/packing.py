@@ -105,8 +105,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
     """scaled_dot_product_attention; on a CPU in half precision computed in float32.
 
-    There torch's fused kernel (2.15, AMX) takes 4 to 8 times as long in bfloat16 as in float32 at 37
-    to 145 tokens, and linear layers a third: converting three operands is the cheaper way.
+    There torch's fused kernel (2.15, on a CPU with AMX) is slower in bfloat16 than in float32, several
+    times at short lengths, while linear layers are faster: converting operands is the cheaper way.
 
     Args:
         q: (B, H, N, d).   k, v: (B, H, K, d).   options: of scaled_dot_product_attention.
