@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from models.gate_slot import GateSlot
 from models.gated_linear import ALL, Entries, GatedLinear
-from models.gates import GateSlot
 from models.kernels.head_mask import head_mask
 from models.outputs import AttentionTrace
 from models.packing import (

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import Attention, BiasOnly, KeyValues, LayerCache
+from models.gate_slot import GateSlot
 from models.gated_linear import GatedLinear
-from models.gates import GateSlot
 from models.kernels.reference import activation_function, quick_gelu
 from models.outputs import AttentionTrace, Capture, EncoderOutput, TrimRecord
 from models.streams import BlockTrim

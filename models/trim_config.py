@@ -81,6 +81,11 @@ class TrimmingConfig:
             raise ValueError(
                 "trimming: bottleneck and projection are at least 1, min_tokens at least 0"
             )
+        if not self.init_logit > 1:
+            raise ValueError(
+                f"trimming.init_logit {self.init_logit} is not above 1: the comparison with the "
+                "text is worth up to 1 at first, and a fresh trimmer is to keep everything"
+            )
         self.require_counts(self.mode)
 
     def require_counts(self, mode: str) -> None:

@@ -25,7 +25,7 @@ from models.compiled import compiled
 from models.config import ModelConfig
 from models.decoder import DecoderOutput, scored
 from models.form_heads import FormHeads
-from models.gates import GateSlot
+from models.gate_slot import GateSlot
 from models.layers import BertLayer, FeedForward, ViTBlock
 from models.outputs import Capture, EncoderOutput
 from models.trim_config import TrimMode

@@ -75,7 +75,7 @@ class TrimConfig:
         for name in ("full_weight", "distil_weight", "cost_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"trim.{name}: {getattr(self, name)} is negative")
-        if self.init_logit <= 1:
+        if not self.init_logit > 1:
             raise ValueError(
                 f"trim.init_logit: {self.init_logit} is not above 1; the comparison with the text is "
                 "worth up to 1 at first, and a fresh trimmer is to keep everything"

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.gates import GateBank, GateSlot
+from models.gate_slot import GateSlot
+from models.gates import GateBank
 from tests.distributed.spawn import run_ranks
 from train.config import PruneConfig
 from train.runtime.gate_optimizer import GateOptimizer

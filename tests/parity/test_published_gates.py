@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import AdamW
 
-from models.gates import GateBank, GateSlot, hard_concrete
+from models.gate_slot import GateSlot
+from models.gates import GateBank, hard_concrete
 from models.kernels.reference_gates import OPEN_SHIFT, STRETCH_HIGH, STRETCH_LOW, TEMPERATURE
 from models.pruning.budget import target_sparsity
 from models.pruning.lagrangian import lagrangian

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.gates import GateBank, GateSlot
+from models.gate_slot import GateSlot
+from models.gates import GateBank
 from models.pruning.budget import target_sparsity
 from models.pruning.structure import meet_budget
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from models import layers
 from models.attention import Attention
 from models.compaction import ActiveUnits
+from models.gate_slot import GateSlot
 from models.gated_linear import Entries, GatedLinear
-from models.gates import GateBank, GateSlot
+from models.gates import GateBank
 from models.layers import FeedForward, activation_function
 from models.xvlm import XVLM
 from tests.unit.models.test_memory import config, parts, run

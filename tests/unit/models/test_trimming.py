@@ -611,6 +611,7 @@ def test_default_sites():
         ({"vision": (2, 1)}, "rising order"),
         ({"vision": (1, 2), "vision_keep": (3,)}, "1 counts for 2 sites"),
         ({"vision": (1, 2), "vision_keep": (3, 4)}, "never increase"),
+        ({"vision": (1,), "init_logit": 1.0}, "trimming.init_logit 1.0 is not above 1"),
         ({"vision": (1,), "vision_keep": (400,)}, "has 9 patches"),
         ({"vision": (1,), "mode": "bucket"}, "needs trimming.vision_keep"),
         ({"guided": True}, "set vision"),

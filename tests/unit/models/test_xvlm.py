@@ -7,7 +7,7 @@ import torch
 
 from models import presets
 from models.attention import Attention
-from models.gates import GateSlot
+from models.gate_slot import GateSlot
 from models.outputs import Capture
 from models.xvlm import XVLM
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.gates import GateBank, GateSlot, hard_concrete
+from models.gate_slot import GateSlot
+from models.gates import GateBank, hard_concrete
 from models.pruning.lagrangian import lagrangian
 from train.config import PruneConfig
 from train.runtime.gate_optimizer import GateOptimizer

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.library import _scoped_library as scoped_library
 
+from models.gate_slot import GateSlot
 from models.gated_linear import Entries, GatedLinear
-from models.gates import GateBank, GateSlot
+from models.gates import GateBank
 from models.kernels import (
     dispatch,
     ffn_act_mask,
