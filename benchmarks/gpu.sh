@@ -93,7 +93,7 @@ step trim_speed "$python" benchmarks/trim_speed.py --device cuda --dtype bf16 --
   --json "$results/trim_speed-$gpu.json"
 step fused_qkv "$python" benchmarks/fused_qkv.py --json "$results/fused_qkv-$gpu.json"
 # Accuracy does not depend on the device: it trains on the CPU, resumes, and takes hours.
-step trimming "$python" benchmarks/trimming.py --tasks vqa,retrieval --seeds 3 --budgets 0.75 0.5 0.35 --max-hours 3
+step trimming "$python" benchmarks/trimming.py --tasks vqa:3,retrieval:3 --budgets 0.75 0.5 0.35 --max-hours 3
 step pretrain_kd_gain "$python" benchmarks/pretrain_kd_gain.py --steps 300 --seeds 0 1 2 \
   --json "$results/pretrain_kd_gain-$gpu.json"
 

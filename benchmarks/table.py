@@ -6,7 +6,7 @@ student trained without a teacher. Scored on at least 10,000 test items of pictu
 trained on; retention against the teacher with paired bootstrap 95 % intervals over pictures; what is
 reached without looking at a picture stands beside. Run from the repository root:
 
-    python benchmarks/table.py --tasks vqa,retrieval --seeds 3 --max-hours 3
+    python benchmarks/table.py --tasks vqa:3,retrieval:3,nlvr2,captioning,grounding --max-hours 3
 
 Every cell is a folder of --work with its own marker: a run that was stopped or killed goes on where
 it was, training at its last checkpoint. One process at a time. benchmarks/results/table.json and
@@ -140,16 +140,16 @@ def task_cells(work: Path, task: str, seed: int, steps: float) -> list[Cell]:
     return cells
 
 
-def make_plan(work: Path, tasks: Sequence[str], seeds: int, steps: float = 1.0) -> list[Cell]:
+def make_plan(work: Path, tasks: Mapping[str, int], steps: float = 1.0) -> list[Cell]:
     """Every cell, each soon before the first that needs it; seed by seed and task by task, so that a
-    stopped table has whole rows.
+    stopped table has whole rows. `tasks`: name -> seeds.
     """
     cells: list[Cell] = []
-    for seed in range(seeds):
+    for seed in range(max(tasks.values())):
         bases = {
             cell.name: cell for cell in (base_cell(work, seed, kd, steps) for kd in (True, False))
         }
-        for task in tasks:
+        for task in with_seed(tasks, seed):
             teacher = teacher_cell(work, task, steps)
             needed = bases | {teacher.name: teacher}
             for cell in task_cells(work, task, seed, steps):
@@ -157,6 +157,11 @@ def make_plan(work: Path, tasks: Sequence[str], seeds: int, steps: float = 1.0) 
                 cells += [needed[name] for name in cell.after if name in needed.keys() - known]
                 cells.append(cell)
     return cells
+
+
+def with_seed(tasks: Mapping[str, int], seed: int) -> list[str]:
+    """The tasks that have more than `seed` seeds."""
+    return [task for task, seeds in tasks.items() if seed < seeds]
 
 
 def identities(cells: Sequence[Cell]) -> dict[str, str]:
@@ -334,18 +339,26 @@ def run_all(
     return 1 if failed else 0
 
 
-def _tasks(text: str) -> tuple[str, ...]:
-    chosen = TASKS if text == "all" else tuple(text.split(","))
-    unknown = [task for task in chosen if task not in TASKS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(TASKS)}")
-    return chosen
+def tasks_of(text: str) -> dict[str, int]:
+    """ "vqa:3,nlvr2" -> {"vqa": 3, "nlvr2": 1}; "all" is one seed of each task, "all:3" three."""
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, colon, seeds = part.partition(":")
+        if name not in (*TASKS, "all"):
+            raise argparse.ArgumentTypeError(f"{name!r}: choose from all, {', '.join(TASKS)}")
+        if colon and not (seeds.isdecimal() and int(seeds)):
+            raise argparse.ArgumentTypeError(f"{part!r}: say TASK:SEEDS, with one seed or more")
+        names = TASKS if name == "all" else (name,)
+        found |= dict.fromkeys(names, int(seeds) if colon else 1)
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    result.add_argument("--tasks", type=_tasks, default=("vqa", "retrieval"), help="or: all")
-    result.add_argument("--seeds", type=int, default=3)
+    result.add_argument(
+        "--tasks", type=tasks_of, default=tasks_of("vqa:3,retrieval:3"), metavar="TASK[:SEEDS],...",
+        help="or: all[:SEEDS]; one seed unless told",
+    )  # fmt: skip
     result.add_argument(
         "--max-hours", type=float, default=0.0, help="start no cell beyond; 0: none"
     )
@@ -376,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ["python", "benchmarks/table.py", *(sys.argv[1:] if argv is None else argv)]
     )
     args.began = datetime.now(UTC).isoformat(timespec="seconds")
-    cells = make_plan(args.work, args.tasks, args.seeds, args.scale_steps)
+    cells = make_plan(args.work, args.tasks, args.scale_steps)
     if args.plan:
         for cell in cells:
             print(f"{cell.name:24s} {hours(cell.seconds):>8s}")

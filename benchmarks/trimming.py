@@ -7,7 +7,7 @@ Scored on at least 10,000 test items with bootstrap 95 % intervals over pictures
 counted while a pass runs; latency of batch 1 and 32, all models taking turns. Run from the
 repository root:
 
-    python benchmarks/trimming.py --seeds 3 --budgets 0.5 0.35 --max-hours 3
+    python benchmarks/trimming.py --tasks vqa:3,retrieval --budgets 0.5 0.35 --max-hours 3
 
 Cells are those of benchmarks/table.py: each a folder of --work with its own marker, so a run that was
 stopped goes on where it was. benchmarks/results/trimming.json, docs/trimming-results.md and its plot
@@ -21,7 +21,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -87,12 +87,14 @@ def trim_cell(
 
 
 def make_plan(
-    work: Path, tasks: Sequence[str], budgets: Sequence[float], seeds: int, steps: float = 1.0
+    work: Path, tasks: Mapping[str, int], budgets: Sequence[float], steps: float = 1.0
 ) -> list[Cell]:
-    """Every cell after those that it needs; the first seed is whole before the next begins."""
+    """Every cell after those that it needs; the first seed is whole before the next begins.
+    `tasks`: name -> seeds.
+    """
     cells: list[Cell] = []
-    for seed in range(seeds):
-        for task in tasks:
+    for seed in range(max(tasks.values())):
+        for task in table.with_seed(tasks, seed):
             teacher = teacher_cell(work, task, steps)
             cells += [teacher] if seed == 0 else []
             for budget in budgets:
@@ -369,7 +371,7 @@ def parser() -> argparse.ArgumentParser:
     result = table.parser()
     result.description = (__doc__ or "").splitlines()[0]
     result.set_defaults(
-        tasks=("vqa",), seeds=3, work=ROOT / "runs/trimming",
+        tasks=table.tasks_of("vqa:3,retrieval"), work=ROOT / "runs/trimming",
         json=ROOT / "benchmarks/results/trimming.json", page=ROOT / "docs/trimming-results.md",
     )  # fmt: skip
     result.add_argument(
@@ -391,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     said = sys.argv[1:] if argv is None else argv
     args.command = " ".join(["python", "benchmarks/trimming.py", *said])
     args.began = datetime.now(UTC).isoformat(timespec="seconds")
-    cells = make_plan(args.work, args.tasks, args.budgets, args.seeds, args.scale_steps)
+    cells = make_plan(args.work, args.tasks, args.budgets, args.scale_steps)
     if args.plan:
         for cell in cells:
             print(f"{cell.name:28s} {table.hours(cell.seconds):>8s}")

@@ -21,7 +21,23 @@ import table_page  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 def plan(work: Path, tasks: tuple[str, ...] = ("vqa", "nlvr2"), seeds: int = 2) -> list[table.Cell]:
-    return table.make_plan(work, tasks, seeds)
+    return table.make_plan(work, dict.fromkeys(tasks, seeds))
+
+
+def test_tasks_have_seeds_of_their_own(tmp_path):
+    assert table.tasks_of("vqa:3,nlvr2") == {"vqa": 3, "nlvr2": 1}
+    assert table.tasks_of("all:2") == dict.fromkeys(table.TASKS, 2)
+    assert table.tasks_of("all,vqa:3")["vqa"] == 3 and table.tasks_of("all,vqa:3")["nlvr2"] == 1
+    for text in ("vqa:0", "vqa:", "vqa:x", "poetry", ""):
+        with pytest.raises(argparse.ArgumentTypeError):
+            table.tasks_of(text)
+    cells = table.make_plan(tmp_path, {"vqa": 3, "nlvr2": 1})
+    assert {(cell.task, cell.seed) for cell in cells if cell.kind == "pruned"} == {
+        ("vqa", 0), ("vqa", 1), ("vqa", 2), ("nlvr2", 0),
+    }  # fmt: skip
+    # A cell is the same one in every plan that has it.
+    names, alone = table.identities(cells), table.identities(plan(tmp_path, ("nlvr2",), 1))
+    assert all(names[name] == identity for name, identity in alone.items())
 
 
 def test_every_cell_comes_after_what_it_needs_and_its_command_is_valid(tmp_path):
