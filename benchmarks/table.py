@@ -340,7 +340,11 @@ def run_all(
 
 
 def tasks_of(text: str) -> dict[str, int]:
-    """ "vqa:3,nlvr2" -> {"vqa": 3, "nlvr2": 1}; "all" is one seed of each task, "all:3" three."""
+    """Seeds by task: "vqa:3,nlvr2" -> {"vqa": 3, "nlvr2": 1}; "all:3" is three of each.
+
+    Raises:
+        argparse.ArgumentTypeError: an unknown task, or a number that is not 1 or more.
+    """
     found: dict[str, int] = {}
     for part in text.split(","):
         name, colon, seeds = part.partition(":")
