@@ -18,6 +18,7 @@ from models.config import ModelConfig
 from models.gates import GateBank
 from models.kernels import dispatch as kernels
 from models.xvlm import XVLM
+from train.answers import check_answers, load_answers
 from train.checkpoint.manager import CheckpointManager
 from train.checkpoint.state import plain_config
 from train.config import RunConfig
@@ -56,10 +57,8 @@ from train.tasks.vqa import VqaTask
 
 __all__ = [
     "Run",
-    "answers_file",
     "build",
     "build_task",
-    "load_answers",
     "make_loader",
 ]
 
@@ -106,17 +105,6 @@ def tokenizer_folder(config: RunConfig) -> Path:
             "tokenizer)"
         )
     return folder
-
-
-def answers_file(config: RunConfig) -> Path:
-    """Where the candidate answers lie: beside the split's folder (DIR/vqa/answers.json)."""
-    return Path(config.data.folder).parent / "answers.json"
-
-
-def load_answers(config: RunConfig, tokenizer: Any) -> AnswerList | None:
-    """The candidate answers, if the data have any."""
-    path = answers_file(config)
-    return AnswerList.load(path, tokenizer) if path.is_file() else None
 
 
 def build_task(
@@ -263,7 +251,7 @@ def build(config: RunConfig, dist: Distributed) -> Run:
     task = build_task(config, student, teacher_model, answers, tokenizer)
     for part in task.frozen_parts():
         getattr(student, part).requires_grad_(False)
-    _check_validation(config, task, dist)
+    _check_validation(config, task, answers, dist)
     gates = _gates(config, student, teacher_model, dist)
     leave_if_stopped("while the models were loaded")
     engine = build_engine(
@@ -333,8 +321,12 @@ def _open_monitor(run: Run, resume_step: int) -> Monitor:
     )
 
 
-def _check_validation(config: RunConfig, task: Task, dist: Distributed) -> None:
-    """Ranks pass through the model as often as their images need, when a whole split is scored."""
+def _check_validation(
+    config: RunConfig, task: Task, answers: AnswerList | None, dist: Distributed
+) -> None:
+    """Raises ValueError where validation would fail, before the run has trained up to it."""
+    check_answers(config, answers)
+    # Ranks pass through the model as often as their images need, when a whole split is scored.
     split = isinstance(task, EvaluatesSplit) and config.data.val is not None
     if split and dist.world_size > 1 and zero_stage(engine_settings(config)) == 3:
         raise ValueError(

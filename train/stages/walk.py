@@ -11,7 +11,8 @@ from pathlib import Path
 
 from models import from_pretrained
 from models.pruning.surgery import prune, sparsity_report
-from train.build import Run, answers_file, build, make_loader
+from train.answers import answers_file
+from train.build import Run, build, make_loader
 from train.config import RunConfig, per_rank
 from train.provenance import provenance
 from train.recipes_io import dump_run_yaml
@@ -89,7 +90,7 @@ def calibrate(run: Run, task: TrimTask) -> None:
 def keep_answers(run: Run) -> None:
     """Put the answer list beside the weights, so that `predict` needs the model folder alone."""
     answers = answers_file(run.config)
-    if run.config.task == "vqa" and answers.is_file():
+    if run.config.task == "vqa" and answers is not None:
         shutil.copyfile(answers, run.directory / "model" / answers.name)
 
 
