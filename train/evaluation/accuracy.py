@@ -87,6 +87,17 @@ def blind_scores(
     return {name: value for name, value in scores.items() if name != "questions"}
 
 
+def _training_split(split: Path) -> Path:
+    """The train split beside another one. FileNotFoundError."""
+    folder = split.parent / "train"
+    if not (folder / "manifest.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}/manifest.json: not there, and the language-only baseline learns from the "
+            "training split; make it with espalier data, or leave the baseline out with --no-blind"
+        )
+    return folder
+
+
 def evaluate_model(
     folder: Path,
     data: Path,
@@ -101,20 +112,26 @@ def evaluate_model(
     blind: bool = True,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """VQA accuracy of a model folder, overall and per type, and the blind baseline's."""
+    """VQA accuracy of a model folder, overall and per type, and the blind baseline's.
+
+    Raises:
+        FileNotFoundError: no such split, model, tokenizer or answer list; or, with `blind`, no
+            training split beside it.
+        ValueError: a model of another form.
+    """
     from models import from_pretrained
     from train.evaluation.runner import evaluate
     from train.evaluation.vqa import AnswerList, VqaEvaluator
 
     where = find_split(data, "vqa", split)
+    train = _training_split(where) if blind else None  # before the work that would be lost
     model = from_pretrained(folder, device=device)
     require_form(model, "vqa", folder)
     tokenizer = tokenizer_of(folder, where)
     task = VqaEvaluator(AnswerList.load(where, tokenizer).to(device), top_k, published, annotators)
     loader = vqa_loader(where, tokenizer, model, batch, max_tokens, limit)
     result = evaluate(model, task, loader, progress=True)
-    if blind:
-        train = find_split(where.parent.parent, "vqa", "train")
+    if train is not None:
         result |= blind_scores(train, where, limit, annotators)
     return result
 
