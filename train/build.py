@@ -316,7 +316,8 @@ def _open_monitor(run: Run, resume_step: int) -> Monitor:
         run.dist.rank,
         run.config.log,
         resume_step,
-        run.loader.samples_per_epoch,
+        # Of images: `samples` counts texts, of which an image may have several.
+        epoch=lambda: run.loader.epoch,
         settings=plain_config(run.config),
     )
 

@@ -92,8 +92,6 @@ class TinyTask(Task):
 class TinyLoader:
     """Endless batches, a pure function of (rank, position); `broken` positions hold a NaN source."""
 
-    samples_per_epoch = 100
-
     def __init__(self, rank: int, key: str = "general") -> None:
         self.rank, self.key, self.position = rank, key, 0
         self.faults = {"decode": 0}

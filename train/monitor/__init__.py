@@ -80,7 +80,7 @@ class Monitor:
         rank: global rank of this process.
         log: intervals.
         resume_step: steps already done; later records of an earlier attempt are removed.
-        samples_per_epoch: for the "epoch" of a record that has none.
+        epoch: passes over the data so far, for the "epoch" of a record that has none.
         stream: where progress goes, default stderr.
         clock: monotonic seconds, for rates.
         settings: the run's configuration, flat: a table in TensorBoard, and with the final metrics
@@ -97,7 +97,7 @@ class Monitor:
         rank: int,
         log: LogConfig,
         resume_step: int = 0,
-        samples_per_epoch: int = 0,
+        epoch: Callable[[], float] = lambda: 0.0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
         settings: Mapping[str, Any] | None = None,
@@ -107,7 +107,7 @@ class Monitor:
         self.throughput = Throughput(total_steps, clock=clock)
         self._total = total_steps
         self._active = rank == 0
-        self._samples_per_epoch = samples_per_epoch
+        self._epoch = epoch
         self._pending: list[dict[str, Any]] = []
         self._flushed_step = resume_step
         self._settings, self._final = dict(settings or {}), dict[str, float]()
@@ -132,7 +132,7 @@ class Monitor:
         """Notes one step (or, at the same step, a further record such as validation results).
 
         Args:
-            step: general steps done.   samples: samples seen so far by all ranks.
+            step: general steps done.   samples: text rows seen so far by all ranks.
             record: nested dict of numbers, one-element tensors or strings, {"loss": {"total": ...},
                 "lr": ...}. "epoch", "samples_per_s" and "data_wait" are filled in where they are
                 missing.
@@ -142,9 +142,8 @@ class Monitor:
         """
         if not self._active:
             return
-        line: dict[str, Any] = {"step": step, "samples": samples, "epoch": 0.0, "time": time.time()}
-        if self._samples_per_epoch:
-            line["epoch"] = samples / self._samples_per_epoch
+        line: dict[str, Any] = {"step": step, "samples": samples}
+        line |= {"epoch": self._epoch(), "time": time.time()}
         rates = self.throughput.update(step, samples)
         line.update(_detach(record))
         for key, value in rates.items():

@@ -248,7 +248,7 @@ def _between_steps(
     paused = time.perf_counter()
     last = step == config.optim.steps
     if (_due(config.log.every, step) or last) and not late:
-        record, window = make_record(run, step, progress.samples, window, guard), Window()
+        record, window = make_record(run, step, window, guard), Window()
     if late or _due(config.eval.every, step) or last:
         validated = validate(run, step, stop)
         progress.unvalidated = validated is None

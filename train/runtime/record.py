@@ -53,9 +53,7 @@ class Window:
             self.counts[key] = self.counts.get(key, 0.0) + result.counts[name]
 
 
-def make_record(
-    run: Run, step: int, samples: int, window: Window, guard: StepGuard
-) -> dict[str, Any]:
+def make_record(run: Run, step: int, window: Window, guard: StepGuard) -> dict[str, Any]:
     """The metrics.jsonl record of a window after general step `step`: loss terms averaged over its
     micro-batches and all ranks, rates, and the state of everything that moves. Collective.
     """
@@ -64,12 +62,7 @@ def make_record(
     own = {"data_wait": window.data_wait / seconds}
     own |= {f"teacher.{name}": value for name, value in teacher.items()}
     means = _means(window, own, run)
-    per_epoch = getattr(run.loader, "samples_per_epoch", 0)
-    record: dict[str, Any] = {
-        "epoch": samples / per_epoch if per_epoch else 0.0,
-        "time": time.time(),
-        "loss": {},
-    }
+    record: dict[str, Any] = {"time": time.time(), "loss": {}}
     for name, value in means.items():
         section, _, term = name.partition(".")
         if term:

@@ -61,7 +61,7 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 
 def test_lines_and_scalars(tmp_path: Path) -> None:
     clock = Clock()
-    with _monitor(tmp_path, samples_per_epoch=64, clock=clock) as monitor:
+    with _monitor(tmp_path, epoch=lambda: clock.now / 4, clock=clock) as monitor:
         for step in range(1, 6):
             with monitor.waiting():
                 clock.now += 0.5
@@ -71,7 +71,7 @@ def test_lines_and_scalars(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     last = lines[-1]
     assert list(last)[:4] == ["step", "samples", "epoch", "time"]
-    assert last["samples"] == 160 and last["epoch"] == 2.5
+    assert last["samples"] == 160 and last["epoch"] == clock.now / 4 == 2.5
     assert last["loss"] == pytest.approx({"total": 0.2, "itc": 0.5})
     assert last["sparsity"] == {"target": 0.25, "vision": 0.1}
     assert (last["samples_per_s"], last["data_wait"], last["eta"]) == (16.0, 0.5, 10.0)
