@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.sources import is_remote
 from train.config import RunConfig
+from train.evaluation.accuracy import hidden_answers
 from train.evaluation.vqa import AnswerList
+from train.runtime.distributed import all_reduce_flag
 
-__all__ = ["answers_file", "check_answers", "load_answers"]
+__all__ = ["answers_file", "check_answers", "check_held_out", "load_answers"]
 
 
 def _places(config: RunConfig) -> list[Path]:
@@ -46,3 +49,20 @@ def check_answers(config: RunConfig, answers: AnswerList | None) -> None:
         f"data.val: task vqa is evaluated by ranking an answer list, and none was found (looked at "
         f"{looked}): put answers.json, a JSON list of strings, beside a local split{leave}"
     )
+
+
+def check_held_out(config: RunConfig, held_out: Iterable[Any]) -> None:
+    """Raises ValueError where no held-out question of a VQA run has an answer. Collective.
+
+    Args:
+        held_out: loader of `data.val`; what is read is its first batch, where that has an answer.
+    """
+    if config.task != "vqa":
+        return
+    known = any(
+        answers and valid
+        for batch in held_out
+        for answers, valid in zip(batch.answers, batch.valid.tolist(), strict=True)
+    )
+    if not all_reduce_flag(known):  # a rank's own share may be padding alone
+        raise ValueError(f"data.val: {hidden_answers(config.data.val or '')}")

@@ -18,7 +18,7 @@ from models.config import ModelConfig
 from models.gates import GateBank
 from models.kernels import dispatch as kernels
 from models.xvlm import XVLM
-from train.answers import check_answers, load_answers
+from train.answers import check_answers, check_held_out, load_answers
 from train.checkpoint.manager import CheckpointManager
 from train.checkpoint.state import plain_config
 from train.config import RunConfig
@@ -288,6 +288,7 @@ def build(config: RunConfig, dist: Distributed) -> Run:
     )
     if config.data.val is not None:
         held_out = loader(config.task, config.data.val, train=False)
+        check_held_out(config, held_out)
         places = loader("region", config.data.val, train=False) if regions else None
         _hold_out(run, answers, held_out, places)
     return run

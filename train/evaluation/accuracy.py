@@ -15,6 +15,7 @@ __all__ = [
     "blind_scores",
     "evaluate_model",
     "find_split",
+    "hidden_answers",
     "questions_of",
     "require_form",
     "tokenizer_of",
@@ -87,6 +88,15 @@ def blind_scores(
     return {name: value for name, value in scores.items() if name != "questions"}
 
 
+def hidden_answers(split: Path | str) -> str:
+    """What to say of a VQA split without a single answer."""
+    return (
+        f"{split}: no question has an answer: this split's answers are hidden (as those of test-dev "
+        "and test-std), and accuracy needs them; take a split with answers, such as val, or ask for "
+        "the model's answers with espalier predict"
+    )
+
+
 def _training_split(split: Path) -> Path:
     """The train split beside another one. FileNotFoundError."""
     folder = split.parent / "train"
@@ -117,14 +127,17 @@ def evaluate_model(
     Raises:
         FileNotFoundError: no such split, model, tokenizer or answer list; or, with `blind`, no
             training split beside it.
-        ValueError: a model of another form.
+        ValueError: a model of another form, or a split whose answers are hidden.
     """
     from models import from_pretrained
     from train.evaluation.runner import evaluate
     from train.evaluation.vqa import AnswerList, VqaEvaluator
 
     where = find_split(data, "vqa", split)
-    train = _training_split(where) if blind else None  # before the work that would be lost
+    # Before the work that would be lost.
+    if not any(answers for _, _, answers in questions_of(where, limit)):
+        raise ValueError(hidden_answers(where))
+    train = _training_split(where) if blind else None
     model = from_pretrained(folder, device=device)
     require_form(model, "vqa", folder)
     tokenizer = tokenizer_of(folder, where)

@@ -107,7 +107,7 @@ class _Tally:
 
     def items(self) -> Items:
         if not self._found:
-            raise ValueError("nothing to score: the test split is empty")
+            raise ValueError("nothing to score: the test split is empty, or its answers are hidden")
         units = tuple(sorted({unit for units in self._found.values() for unit in units}))
         tables = {
             metric: np.array([found.get(unit, (0.0, 0.0)) for unit in units])
@@ -164,6 +164,8 @@ def model_items(
 def _vqa(model: XVLM, batch: Any, tally: _Tally, answers: Any, top_k: int) -> None:
     chosen = rank_answers(model, batch, answers, top_k).tolist()
     for row in batch.valid.nonzero().flatten().tolist():
+        if not batch.answers[row]:  # hidden
+            continue
         score = vqa_score(answers.strings[chosen[row]], batch.answers[row])
         tally.add("accuracy", batch.keys[row], score)
         tally.add(f"accuracy/{batch.question_types[row]}", batch.keys[row], score)
@@ -294,6 +296,8 @@ def _blind_answers(task: str, train: Iterator[Any], test: Iterator[Any], tally: 
             baseline.add(*asked)
     for key, record in test:
         for text, kind, answers in _asked(task, record):
+            if not answers:  # hidden
+                continue
             tally.add("accuracy", key, vqa_score(baseline.predict(text, kind), answers))
 
 

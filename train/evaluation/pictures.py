@@ -61,9 +61,10 @@ def vqa_pictures(
     ]
     captions = []
     for _, row in rows:
-        truth = max(batch.answers[row], key=batch.answers[row].__getitem__)
-        said = answers.strings[chosen[row]]
+        said, known = answers.strings[chosen[row]], batch.answers[row]
+        truth = max(known, key=known.__getitem__, default=None)
         mark = "right" if said == truth else f"wrong, it is {truth}"
+        mark = mark if known else "the right answer is hidden"
         captions.append(f"{batch.questions[row]}\n{said} ({mark})")
     images = batch.images[[image for image, _ in rows]].cpu()
     monitor.pictures(step, "vqa/held_out", images, captions)

@@ -203,11 +203,14 @@ def evaluate_batch(
     published: bool = False,
     annotators: int | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Sums over the valid rows: "accuracy" and "accuracy/TYPE" -> (sum, count) as float64 scalars."""
+    """Sums over the valid rows: "accuracy" and "accuracy/TYPE" -> (sum, count) as float64 scalars.
+
+    A question whose answers are hidden is not counted.
+    """
     predictions = rank_answers(model, batch, answers, top_k, published).tolist()
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for row, valid in enumerate(batch.valid.tolist()):
-        if not valid:
+        if not valid or not batch.answers[row]:
             continue
         score = vqa_score(answers.strings[predictions[row]], batch.answers[row], annotators)
         kind = batch.question_types[row]
@@ -284,10 +287,14 @@ class BlindBaseline:
         annotators: int | None = None,
     ) -> dict[str, float]:
         """Accuracy over (question, type, answers): "blind_accuracy", "blind_accuracy/TYPE" and
-        "questions".
+        "questions". Those without answers are not counted.
+
+        Raises ValueError where none is left.
         """
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for question, kind, answers in questions:
+            if not answers:
+                continue
             got = vqa_score(self.predict(question, kind), answers, annotators)
             for name in (
                 ("blind_accuracy", f"blind_accuracy/{kind}") if kind else ("blind_accuracy",)
@@ -295,6 +302,9 @@ class BlindBaseline:
                 sums[name][0] += got
                 sums[name][1] += 1.0
         if not sums:
-            raise ValueError("no questions to score the blind baseline on")
+            raise ValueError(
+                "no questions to score the blind baseline on: there are none, or their answers are "
+                "hidden"
+            )
         result = {name: total / count for name, (total, count) in sums.items()}
         return result | {"questions": sums["blind_accuracy"][1]}

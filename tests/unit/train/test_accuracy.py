@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from data_pipeline.blocksworld.build import build_blocksworld
+from data_pipeline.shards import ShardSet, clear_shards, dump_json
 from data_pipeline.text import load_tokenizer
 from models import presets
-from train.evaluation.accuracy import evaluate_model
+from train.evaluation.accuracy import evaluate_model, questions_of
+
+
+def hide_answers(split: Path, known: int = 0) -> None:
+    """Makes a split one of hidden answers, but for its first `known` pictures."""
+    samples: dict[str, dict[str, bytes]] = {}
+    for shard in sorted(split.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, _, kind = member.name.partition(".")
+                samples.setdefault(key, {})[kind] = tar.extractfile(member).read()  # type: ignore[union-attr]
+    clear_shards(split)
+    with ShardSet(split, per_shard=1000) as out:
+        for number, (key, members) in enumerate(samples.items()):
+            record = json.loads(members["json"])
+            for question in record["questions"] if number >= known else ():
+                question["answers"] = {}
+            out.write(key, members | {"json": dump_json(record)})
+    out.manifest("vqa", split.name)
 
 
 @pytest.fixture(scope="module")
@@ -55,4 +76,24 @@ def test_a_missing_training_split_is_told_before_the_evaluation(
 
     monkeypatch.setattr("train.evaluation.runner.evaluate", too_late)
     with pytest.raises(FileNotFoundError, match=r"vqa/train/manifest\.json.*--no-blind"):
+        evaluate_model(model, tmp_path, batch=4, top_k=4)
+
+
+def test_a_split_of_hidden_answers_is_refused_and_what_is_known_is_scored(
+    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(data / "vqa", tmp_path / "vqa")
+    hide_answers(tmp_path / "vqa" / "test", known=1)
+    known = [answers for _, _, answers in questions_of(tmp_path / "vqa" / "test") if answers]
+    partly = evaluate_model(model, tmp_path, batch=4, top_k=4)
+    whole = evaluate_model(model, data, batch=4, top_k=4, limit=1)
+    assert partly["accuracy_count"] == len(known) == whole["accuracy_count"] > 0
+    assert partly == whole
+    hide_answers(tmp_path / "vqa" / "test")
+
+    def too_late(*_: object, **__: object) -> None:
+        raise AssertionError("the model was evaluated")
+
+    monkeypatch.setattr("train.evaluation.runner.evaluate", too_late)
+    with pytest.raises(ValueError, match=r"vqa/test: .*hidden.*espalier predict"):
         evaluate_model(model, tmp_path, batch=4, top_k=4)

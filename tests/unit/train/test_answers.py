@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data_pipeline.blocksworld.build import build_blocksworld
+from tests.unit.train.test_accuracy import hide_answers
 from train.answers import answers_file, check_answers, load_answers
 from train.build import build
 from train.config import RunConfig
@@ -57,27 +58,30 @@ def test_only_an_evaluated_run_needs_the_list(tmp_path: Path) -> None:
         check_answers(recipe(train, "data.val=null", name="blocksworld-vqa-trim"), None)
 
 
-def test_a_run_does_not_begin_without_the_list(tmp_path: Path, monkeypatch) -> None:
+def test_a_run_does_not_begin_when_validation_would_fail(tmp_path: Path, monkeypatch) -> None:
     build_blocksworld(
         tmp_path, scenes=12, val=4, test=4, image_size=48, seed=5, tasks=("vqa",), per_shard=12
     )
-
-    def too_late(*_: object) -> None:
-        raise AssertionError("the engine was built")
-
-    monkeypatch.setattr("train.build.build_engine", too_late)
+    engines: list[object] = []
+    monkeypatch.setattr("train.build.build_engine", lambda *made: engines.append(made))
     config = recipe(
         f"out={tmp_path}/run",
         "model=blocksworld-micro-teacher",
         "initialise.source=random",
         f"data.train={tmp_path}/vqa/train",
         f"data.val={tmp_path}/vqa/val",
+        "eval.batch=2",
     )
-    with pytest.raises(AssertionError, match="engine"):
+    hide_answers(tmp_path / "vqa" / "val", known=1)
+    assert build(config, ALONE).validate is not None and len(engines) == 1
+    hide_answers(tmp_path / "vqa" / "val")
+    with pytest.raises(ValueError, match=r"data\.val: .*vqa/val: .*hidden"):
         build(config, ALONE)
     (tmp_path / "vqa" / "answers.json").unlink()
+    engines.clear()
     with pytest.raises(ValueError, match="answer list"):
         build(config, ALONE)
+    assert not engines
 
 
 def test_the_list_of_a_run_is_read(tmp_path: Path) -> None:

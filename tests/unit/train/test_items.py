@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from data_pipeline.blocksworld.build import build_blocksworld
 from data_pipeline.loader import build_loader
 from data_pipeline.text import load_tokenizer
 from models import presets
+from tests.unit.train.test_accuracy import hide_answers
 from train.config import KdConfig
 from train.evaluation.captioning import CaptionWriter
 from train.evaluation.items import HEADLINE, Items, blind_items, model_items, records
@@ -130,6 +132,27 @@ def test_blind_answers_are_those_of_the_question_baseline(folder):
     expected = blind_scores(folder / "vqa" / "train", folder / "vqa" / "test")
     assert blind(folder, "vqa")["accuracy"] == pytest.approx(expected["blind_accuracy"])
     assert 0 < blind(folder, "nlvr2")["accuracy"] < 1
+
+
+def test_hidden_answers_are_not_scored(folder, words, tmp_path):
+    shutil.copytree(folder / "vqa", tmp_path / "vqa")
+    hide_answers(tmp_path / "vqa" / "test", known=3)
+    torch.manual_seed(0)
+    model = presets.create("blocksworld-micro-student", form="vqa", text={"vocab_size": len(words)})
+    answers = AnswerList.load(folder, words)
+
+    def asked() -> Items:
+        batches = iter(split(tmp_path, words, "vqa"))
+        return model_items(model.eval(), "vqa", batches, answers=answers, top_k=TOP_K)
+
+    known = [key for key, _ in records(folder / "vqa" / "test", "vqa", 3)]
+    assert sorted(asked().units) == sorted(known)
+    train, test = tmp_path / "vqa" / "train", tmp_path / "vqa" / "test"
+    assert sorted(blind_items("vqa", train, test).units) == sorted(known)
+    hide_answers(test)
+    for score in (asked, lambda: blind_items("vqa", train, test)):
+        with pytest.raises(ValueError, match="hidden"):
+            score()
 
 
 def test_the_mean_training_box_is_what_a_blind_guess_is(folder):

@@ -15,6 +15,7 @@ from models.outputs import EncoderOutput
 from models.xvlm import XVLM
 from train.evaluation import runner, vqa
 from train.evaluation.latency import synthetic_batch
+from train.evaluation.pictures import vqa_pictures
 from train.evaluation.vqa import AnswerList, BlindBaseline, rank_answers, vqa_score
 
 
@@ -217,6 +218,40 @@ def test_evaluate_batch_leaves_padding_out(model, answers) -> None:
         "accuracy/a": (1.0, 2.0),
         "accuracy/b": (0.5, 1.0),
     }
+
+
+def test_questions_with_hidden_answers_are_not_counted(model, answers) -> None:
+    batch = synthetic_batch(3, 48, 5, answers, vocabulary=80)
+    known = dict.fromkeys(answers.strings, 0.5)
+    batch = dataclasses.replace(
+        batch, question_types=("a", "b", "a"), answers=({}, {}, known), questions=("x", "y", "z")
+    )
+    with torch.no_grad():
+        sums = vqa.evaluate_batch(model, batch, answers, 4)
+    assert {name: (float(s), float(n)) for name, (s, n) in sums.items()} == {
+        "accuracy": (0.5, 1.0),
+        "accuracy/a": (0.5, 1.0),
+    }
+    shown: list[str] = []
+
+    class Board:
+        def pictures(self, step, tag, images, captions):
+            shown.extend(captions)
+
+    here = SimpleNamespace(device=torch.device("cpu"))
+    vqa_pictures(Board(), 1, model, answers, [batch], here)  # type: ignore[arg-type]
+    assert len(shown) == 3
+    assert all("the right answer is hidden" in text for text in shown[:2])
+    assert "hidden" not in shown[2]
+
+
+def test_the_blind_baseline_does_not_count_hidden_answers_either() -> None:
+    baseline = BlindBaseline()
+    baseline.add("a", "k", {"yes": 1.0})
+    scores = baseline.score([("a", "k", {"yes": 1.0}), ("a", "k", {})])
+    assert scores == {"blind_accuracy": 1.0, "blind_accuracy/k": 1.0, "questions": 1.0}
+    with pytest.raises(ValueError, match="hidden"):
+        baseline.score([("a", "k", {})])
 
 
 class Counting:
