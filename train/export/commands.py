@@ -99,7 +99,9 @@ def _metrics(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _bench(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """The bench, and this model's name in it."""
+    """The bench, and this model's name in it. Raises ValueError where that is not known for sure:
+    every run's folder is called model.
+    """
     values = _read("--bench", args.bench)
     if not values:
         return {}, ""
@@ -110,11 +112,17 @@ def _bench(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         )
     places = (str(args.model.resolve()), str(args.out.resolve()))
     found = [name for name, row in models.items() if row.get("folder") in places]
-    name = args.bench_name or (found[0] if found else args.model.resolve().name)
-    if name not in models:
+    own = args.model.resolve().name
+    if own in models and "folder" not in models[own]:  # of earlier versions
+        found.append(own)
+    if args.bench_name is None and not found:
         raise ValueError(
-            f"--bench {args.bench} has {', '.join(models)}, not {name}: name it with --bench-name"
+            f"--bench {args.bench} has {', '.join(models)}, none of them in {args.model}: say which "
+            "is this model with --bench-name"
         )
+    name = args.bench_name or found[0]
+    if name not in models:
+        raise ValueError(f"--bench-name {name}: {args.bench} has {', '.join(models)}")
     return values, name
 
 

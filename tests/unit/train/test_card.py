@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from models import presets
 from train.evaluation.macs import parameters
+from train.export import commands
 from train.export.card import Facts, card
 from train.export.safetensors import export_safetensors
 
@@ -46,3 +48,30 @@ def test_export_refuses_an_unknown_type_and_an_infinite_cast(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="range of"):
         export_safetensors(tmp_path / "a", tmp_path / "b", "fp16")
     assert not (tmp_path / "b").exists()
+
+
+def bench_of(path: Path, models: dict[str, dict[str, str]]) -> Path:
+    path.write_text(json.dumps({"models": models}))
+    return path
+
+
+def name_in_bench(model: Path, bench: Path, *more: str) -> str:
+    parser = argparse.ArgumentParser()
+    commands.add_parsers(parser.add_subparsers())
+    argv = ["export", str(model), "--out", f"{model}-out", "--bench", str(bench), *more]
+    return commands._bench(parser.parse_args(argv))[1]
+
+
+def test_a_bench_of_other_runs_is_not_taken_for_this_models(tmp_path: Path) -> None:
+    other, mine = tmp_path / "a" / "model", tmp_path / "b" / "model"
+    told = bench_of(
+        tmp_path / "told.json", {"teacher": {"folder": "/t"}, "model": {"folder": f"{other}"}}
+    )
+    assert name_in_bench(other, told) == "model"
+    with pytest.raises(ValueError, match=r"told\.json has teacher, model, none of .*--bench-name"):
+        name_in_bench(mine, told)
+    assert name_in_bench(mine, told, "--bench-name", "teacher") == "teacher"
+    with pytest.raises(ValueError, match="--bench-name nobody"):
+        name_in_bench(mine, told, "--bench-name", "nobody")
+    old = bench_of(tmp_path / "old.json", {"teacher": {}, "model": {}})
+    assert name_in_bench(mine, old) == "model"
