@@ -27,7 +27,8 @@ class Facts:
         dense_prunable: prunable parameters before pruning, for the sparsity.
         command: how to make the model again.
         origin: where the first weights came from (train.student.FirstWeights.save).
-        sparsity: what pruning kept, by modality (sparsity.json of the run).
+        sparsity: what pruning kept, by modality (sparsity.json of the run); a card tells it only of
+            the model with as many parameters as pruning left, not of RUN/dense.
         bench: of espalier bench --json.   benched: this model's name in it.
     """
 
@@ -168,7 +169,7 @@ def card(
         "|---|---|",
         *(f"| {part} | {count:,} |" for part, count in counts.items()),
         "",
-        *_sparsity(facts, counts["prunable"]),
+        *_sparsity(facts, counts["prunable"], _of_this(facts.sparsity, model)),
         *("## Shape", "", *_shape(model), ""),
         *_metrics(facts.evaluation),
         *_speed(facts.bench, facts.benched),
@@ -226,7 +227,13 @@ def _graphs(described: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _sparsity(facts: Facts, left: int) -> list[str]:
+def _of_this(sparsity: Mapping[str, Any], model: XVLM) -> Mapping[str, Any]:
+    """The report of a pruning run where it is of this model, else nothing."""
+    left = sum(value.numel() for value in model.parameters())
+    return sparsity if sparsity.get("parameters", {}).get("after") == left else {}
+
+
+def _sparsity(facts: Facts, left: int, report: Mapping[str, Any]) -> list[str]:
     if facts.dense_prunable:
         share = 1 - left / facts.dense_prunable
         lines = [
@@ -237,7 +244,7 @@ def _sparsity(facts: Facts, left: int) -> list[str]:
         ]
     else:
         lines = []
-    rows = {**facts.sparsity.get("modalities", {}), "all": facts.sparsity.get("prunable", {})}
+    rows = {**report.get("modalities", {}), "all": report.get("prunable", {})}
     rows = {name: row for name, row in rows.items() if {"kept", "total", "sparsity"} <= row.keys()}
     if rows:
         lines += ["| pruned part | kept | of | sparsity |", "|---|---|---|---|"]

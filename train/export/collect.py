@@ -145,16 +145,6 @@ def kept_widths(pruned: ModelConfig, dense: ModelConfig) -> Kept:
         ) from error
 
 
-def _dense_config(values: Mapping[str, Any]) -> ModelConfig | None:
-    """The unpruned shape that a pruning run's run.yaml names: a model folder or inline values."""
-    for name in (values.get("model"), (values.get("initialise") or {}).get("source")):
-        if isinstance(name, dict):
-            return ModelConfig.from_dict(name, "run.yaml: model")
-        if isinstance(name, str) and (Path(name) / "config.json").is_file():
-            return ModelConfig.load(Path(name) / "config.json")
-    return None
-
-
 def _add_run(run: Path, name: str, found: Collected) -> None:
     values: dict[str, Any] = {}
     if (run / "run.yaml").is_file():
@@ -171,14 +161,11 @@ def _add_run(run: Path, name: str, found: Collected) -> None:
             found.budgets[name] = budget
     if (run / "trim.json").is_file():
         found.trims[name] = _read_json(run / "trim.json")
-    if (
-        values.get("stage") == "prune"
-        and not found.kept
-        and (run / "model" / "config.json").is_file()
-    ):
-        dense = _dense_config(values)
-        if dense is not None:
-            found.kept = kept_widths(ModelConfig.load(run / "model" / "config.json"), dense)
+    # What run.yaml names may have another form or depth than what was pruned.
+    pruned, dense = (run / part / "config.json" for part in ("model", "dense"))
+    wanted = values.get("stage") == "prune" and not found.kept
+    if wanted and pruned.is_file() and dense.is_file():
+        found.kept = kept_widths(ModelConfig.load(pruned), ModelConfig.load(dense))
 
 
 def _began(folder: Path) -> float:

@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from models import presets
+from models.pruning.surgery import prune, sparsity_report
 from train.evaluation.macs import parameters
 from train.export import commands
 from train.export.card import Facts, card
@@ -31,6 +33,18 @@ def test_card_tells_parameters_sparsity_shape_metrics_and_recipe(tmp_path: Path)
     assert "| vision | 2 | 3 1 | | 512 |" in text
     assert "| accuracy | 0.9100 |" in text and "`abc123`" in text
     assert "stage: prune" in text and "2.00 MB of fp16" in text
+
+
+def test_only_the_pruned_model_of_a_run_has_its_sparsity(tmp_path: Path) -> None:
+    dense = presets.create("blocksworld-micro-student", form="vqa")
+    wanted = {name: torch.ones(slot.units) for name, slot in dense.gate_slots().items()}
+    wanted["vision.0.ffn"][4:] = 0
+    slim = prune(dense, wanted)
+    (tmp_path / "run.yaml").write_text("stage: prune\n")
+    (tmp_path / "sparsity.json").write_text(json.dumps(sparsity_report(dense, slim)))
+    told = card(slim, Facts.of_run(tmp_path / "model"), "fp16", 1)
+    assert "| pruned part | kept | of | sparsity |" in told
+    assert "pruned part" not in card(dense, Facts.of_run(tmp_path / "dense"), "fp16", 1)
 
 
 def test_card_of_a_model_without_a_run_has_no_empty_chapters(tmp_path: Path) -> None:

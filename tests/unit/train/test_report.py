@@ -90,17 +90,22 @@ def test_kept_widths_by_part_and_layer() -> None:
 
 
 def test_a_pruning_run_alone_shows_its_gates(tmp_path: Path) -> None:
-    run, dense = tmp_path / "prune", tmp_path / "dense"
-    (run / "model").mkdir(parents=True)
-    dense.mkdir()
-    presets.config("blocksworld-student", form="vqa").save(dense / "config.json")
+    run, source = tmp_path / "prune", tmp_path / "source"
+    for folder in (run / "model", run / "dense", source):
+        folder.mkdir(parents=True)
+    presets.config("blocksworld-student", form="vqa").save(run / "dense" / "config.json")
+    # What pruning began with has another form and depth.
+    presets.config("blocksworld-teacher", form="pretrain").save(source / "config.json")
     small = presets.config("blocksworld-student", form="vqa", **{"vision.heads": (3, 1)})
     small.save(run / "model" / "config.json")
-    (run / "run.yaml").write_text(f"stage: prune\nmodel: {dense}\n")
+    (run / "run.yaml").write_text(f"stage: prune\nmodel: {source}\n")
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": {"total": 2.0}}\n')
     found = collect([run])
     assert found.kept["vision"][0] == ("0 heads", 3, 4)
+    assert "decoder" in found.kept
     assert "What pruning kept" in render(found)
+    (run / "dense" / "config.json").unlink()
+    assert not collect([run]).kept
 
 
 def test_verdict_tells_only_what_was_measured() -> None:
