@@ -37,8 +37,10 @@ def check_stage(config: RunConfig) -> None:
         )
     if config.stage in ("finetune", "prune", "trim") and config.task == "pretrain":
         raise ValueError(f"task: stage {config.stage} needs a downstream task such as vqa")
-    if config.stage == "prune" and config.task == "nlvr2_pretrain":
-        raise ValueError("task: nlvr2_pretrain comes before fine-tuning; prune task nlvr2")
+    if config.stage in ("prune", "trim") and config.task == "nlvr2_pretrain":
+        raise ValueError(
+            f"task: nlvr2_pretrain comes before fine-tuning; {config.stage} task nlvr2"
+        )
     for name in config.loss:
         if name not in _TERMS[config.task]:
             near = difflib.get_close_matches(name, _TERMS[config.task], n=1)

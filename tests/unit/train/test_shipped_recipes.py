@@ -66,6 +66,8 @@ def test_full_size_numbers(capsys):
         ("blocksworld-prune", "prune=null", "prune"),
         ("blocksworld-prune", "prune.sparsity=1.5", "prune.sparsity"),
         ("blocksworld-prune", "prune.freeze_step=100000", "prune.freeze_step"),
+        ("blocksworld-nlvr2-prune", "task=nlvr2_pretrain", "prune task nlvr2"),
+        ("blocksworld-nlvr2-trim", "task=nlvr2_pretrain", "trim task nlvr2"),
         ("blocksworld-distill", 'loss={"mlmm": 1.0}', "did you mean mlm"),
     ],
 )
