@@ -11,14 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import presets
 from models.config import ModelConfig
 from models.xvlm import XVLM
+from tests.unit.train.synthetic import synthetic_batch
 from train.evaluation import macs
-from train.evaluation.latency import synthetic_answers, synthetic_batch
 from train.evaluation.vqa import rank_answers
+from train.evaluation.workload import Workload
 
 
 def counted(config: ModelConfig, text_tokens: int, top_k: int) -> tuple[XVLM, int]:
     model = XVLM(config).eval()
-    answers = synthetic_answers(9, config.text.vocab_size)
+    answers = Workload(answers=9).answer_list(config.text.vocab_size)
     batch = synthetic_batch(1, config.vision.image_size, text_tokens, answers)
     batch = dataclasses.replace(batch, question_ids=batch.question_ids % config.text.vocab_size)
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:

@@ -17,9 +17,9 @@ from models.xvlm import XVLM
 from tests.unit.models.test_trimming import decisive
 from tests.unit.train import test_downstream_tasks as downstream
 from tests.unit.train import test_tasks as answering
+from tests.unit.train.synthetic import synthetic_batch
 from train.config import KdConfig
 from train.evaluation import bench
-from train.evaluation.latency import synthetic_answers, synthetic_batch
 from train.evaluation.macs import count_macs
 from train.evaluation.vqa import AnswerList, rank_answers
 from train.evaluation.workload import Workload
@@ -141,7 +141,7 @@ def test_bench_runs_and_counts_every_form(form):
 
 def test_answers_are_ranked_at_the_counted_cost():
     made = model("vqa").eval()
-    answers = synthetic_answers(9, downstream.VOCABULARY)
+    answers = Workload(answers=9).answer_list(downstream.VOCABULARY)
     asked = synthetic_batch(1, made.config.vision.image_size, 7, answers)
     ids = asked.question_ids % downstream.VOCABULARY
     asked = dataclasses.replace(asked, question_ids=ids)

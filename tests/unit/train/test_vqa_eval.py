@@ -13,8 +13,8 @@ import torch
 from models import presets
 from models.outputs import EncoderOutput
 from models.xvlm import XVLM
+from tests.unit.train.synthetic import synthetic_batch
 from train.evaluation import runner, vqa
-from train.evaluation.latency import synthetic_batch
 from train.evaluation.pictures import vqa_pictures
 from train.evaluation.vqa import AnswerList, BlindBaseline, rank_answers, vqa_score
 
