@@ -285,6 +285,13 @@ def load_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such data folder; make one with: espalier data ...")
     if not path.is_file():
+        below = sorted(folder.glob(f"*/{MANIFEST_NAME}")) or sorted(
+            folder.glob(f"*/*/{MANIFEST_NAME}")
+        )
+        if below:
+            raise FileNotFoundError(
+                f"{path}: no manifest; this folder holds splits, name one: {below[0].parent}"
+            )
         raise FileNotFoundError(f"{path}: no manifest; {remedy}")
     raw = path.read_bytes()
     name = keep_name(raw, str(folder))

@@ -94,7 +94,7 @@ def add_parsers(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the verb. Bad input raises ValueError/FileNotFoundError."""
+    """Run the verb. Bad input X"""
     if args.kind == BACK:
         return _back(args)
     import torch
@@ -107,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--out: name the folder to write")
     if args.tokenizer is not None and not args.tokenizer.is_dir():
         raise FileNotFoundError(f"--tokenizer {args.tokenizer}: no such folder")
+    _check_free(out, args.into)
     base, base_fresh = _base(args.into)
     path = weight_file(args.file)
     weights = read_checkpoint(path)
@@ -133,6 +134,16 @@ def run(args: argparse.Namespace) -> int:
     build.write_record(out, made, facts, before=args.into)
     print("\n".join(_summary(out, made, facts)))
     return 0
+
+
+def _check_free(out: Path, into: Path | None) -> None:
+    """Raises ValueError where `out` holds a model that this conversion does not start from."""
+    same = into is not None and out.resolve() == into.resolve()
+    if not same and (out / "model.safetensors").exists():
+        raise ValueError(
+            f"--out {out}: holds a model already; name another folder, delete it, or name it with "
+            "--into to replace some of its parts"
+        )
 
 
 def _base(folder: Path | None) -> tuple[XVLM | None, set[str]]:

@@ -91,6 +91,7 @@ def model_config(config: RunConfig, vocab_size: int | None) -> ModelConfig:
 
     Raises:
         ValueError: image_size beside inline values, or one that the patches do not divide.
+        FileNotFoundError: `model` is a path, and no model folder is there.
     """
     return _with_sites(config, _dense_config(config, vocab_size))
 
@@ -121,6 +122,11 @@ def _dense_config(config: RunConfig, vocab_size: int | None) -> ModelConfig:
     overrides: dict[str, Any] = {} if size is None else {"vision": {"image_size": size}}
     if vocab_size is not None and config.model.startswith("blocksworld"):
         overrides["text"] = {"vocab_size": vocab_size}
+    if "/" in config.model:
+        raise FileNotFoundError(
+            f"model: {config.model}/config.json: not there; make that model first (an earlier stage, "
+            "or espalier convert), or give a preset (model=efficientvlm) to plan without it"
+        )
     return presets.config(config.model, form=form, **overrides)
 
 

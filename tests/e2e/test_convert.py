@@ -133,6 +133,17 @@ def test_a_preset_may_stand_for_the_sizes(tmp_path):
     assert from_pretrained(tmp_path / "out").config == model.config
 
 
+def test_a_model_is_not_written_over_by_another(files, tmp_path, capsys):
+    out = tmp_path / "model"
+    argv = ("clip", files / "clip", "--out", out, "--config", files / "text.json")
+    assert convert(*argv) == 0
+    before = (out / "model.safetensors").read_bytes()
+    assert convert(*argv, "--seed", 1) == 2
+    assert "holds a model already" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == before
+    assert convert("bert", files / "bert", "--out", out, "--into", out) == 0
+
+
 def test_bad_input_is_one_message_and_exit_2(files, tmp_path, capsys):
     out = tmp_path / "out"
     torch.save({"model": Hostile()}, tmp_path / "hostile.pth")

@@ -77,7 +77,8 @@ def check_stage(config: RunConfig) -> None:
     if config.teacher.path is None and config.kd != KdConfig():
         _LOG.warning("kd: has no effect without teacher.path")
     from_folder = isinstance(config.model, str) and (Path(config.model) / "config.json").is_file()
-    all_new = config.initialise.source == "random" and not from_folder
+    # Trimmers are fresh beside whatever the model has.
+    all_new = config.initialise.source == "random" and not from_folder and config.trim is None
     if config.optim.new_lr_multiplier != 1.0 and all_new:
         _LOG.warning(
             "optim.new_lr_multiplier: has no effect, no module is fresh beside loaded ones"

@@ -131,6 +131,15 @@ def test_manifest_errors_name_file_and_remedy(write_shards, tmp_path):
         load_manifest(folder)
 
 
+@pytest.mark.parametrize("root", ["data", "data/vqa"])
+def test_a_folder_of_splits_is_not_a_split(tmp_path, root):
+    split = tmp_path / "data/vqa/train"
+    split.mkdir(parents=True)
+    write_keys(split, ["a"])
+    with pytest.raises(FileNotFoundError, match=f"holds splits, name one: {split}$"):
+        load_manifest(tmp_path / root)
+
+
 @pytest.mark.parametrize("name", ["../x.tar", "/etc/x.tar", "a\\b.tar", "..", "", 7])
 def test_shards_and_filters_stay_in_their_folder(tmp_path, name):
     write_keys(tmp_path, ["a"])

@@ -15,7 +15,7 @@ from models.xvlm import XVLM
 from train.config import InitialiseConfig, OptimConfig, RunConfig, TeacherConfig
 from train.data_config import DataConfig
 from train.runtime.engine import parameter_groups
-from train.student import build_student
+from train.student import build_student, model_config
 
 VOCABULARY = 60
 
@@ -89,3 +89,8 @@ def test_a_teacher_is_needed_where_weights_come_from_it(tmp_path):
     wanted = config(tmp_path, initialise=InitialiseConfig(source="teacher"))
     with pytest.raises(ValueError, match=r"teacher\.path"):
         build_student(wanted, VOCABULARY, None)
+
+
+def test_a_folder_that_is_not_made_yet_is_no_unknown_preset(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^model: no/thing/config.json: not there"):
+        model_config(config(tmp_path, model="no/thing"), None)
