@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from data_pipeline.batches import Batch
 from data_pipeline.collate import Assembler, RegionAssembler
+from data_pipeline.delivery import Delivery
 from data_pipeline.faults import FaultError, FaultLedger
 from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import choose_groups
@@ -27,8 +28,7 @@ from data_pipeline.position import DataSet, PlanSettings, Position, check_unit
 from data_pipeline.prefetch import DevicePrefetcher
 from data_pipeline.remote import RemoteOptions
 from data_pipeline.storage import Storage, open_manifest, storage_for
-from data_pipeline.stream import Delivery, PlannedSource, ShardReader, build_pipeline
-from data_pipeline.tar_headers import ShardError
+from data_pipeline.stream import PlannedSource, ShardReader, build_pipeline
 from data_pipeline.tasks import SCHEMAS, RegionOptions, check_task, make_assembler
 from data_pipeline.worker import start_worker
 
@@ -165,9 +165,10 @@ class Loader:
 
         Raises:
             ShardError, FaultError: what its worker met.
+            TransientError, OSError: network or disk failed it; the same run may go on later.
         """
-        if delivery.error:
-            raise ShardError(delivery.error)
+        if delivery.error is not None:
+            raise delivery.error
         self._ledger.deliver(delivery.positions, delivery.faults)
         if delivery.counters:
             self._transfers[delivery.process] = delivery.counters

@@ -12,17 +12,16 @@ import json
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import map as map_stage
 from webdataset.pipeline import DataPipeline
 
-from data_pipeline.batches import Batch
 from data_pipeline.collate import Assembler
 from data_pipeline.decode import Picture
+from data_pipeline.delivery import Delivery, portable
 from data_pipeline.faults import MAX_CONSECUTIVE, Fault, SkipSample
 from data_pipeline.index import checksum
 from data_pipeline.manifest import Manifest
@@ -32,7 +31,7 @@ from data_pipeline.shards import dump_json
 from data_pipeline.storage import LocalStorage, ShardFile, Storage
 from data_pipeline.tar_headers import ShardError
 
-__all__ = ["Delivery", "PlannedSource", "ShardReader", "build_pipeline"]
+__all__ = ["PlannedSource", "ShardReader", "build_pipeline"]
 
 Sample = dict[str, Any]
 _OPEN_SHARDS = 64
@@ -319,39 +318,6 @@ class Repair:
 
 
 @dataclass(frozen=True)
-class Delivery:
-    """What a worker sends: a batch and the faults met on the way; or no batch when they end the
-    run.
-
-    Attributes:
-        error: message of a shard problem, to be raised in the main process.
-        counters: what the storages of this process did so far.   process: its number.
-    """
-
-    batch: Batch | None
-    positions: tuple[int, ...] = ()
-    faults: tuple[Fault, ...] = ()
-    error: str = ""
-    counters: dict[str, int] = field(default_factory=dict)
-    process: int = 0
-
-    def pin_memory(self) -> Delivery:
-        """Called by torch's DataLoader."""
-        return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Delivery:
-        """The same delivery with its batch on `device`."""
-        if self.batch is None:
-            return self
-        return replace(self, batch=self.batch.to(device, non_blocking=non_blocking))
-
-    def record_stream(self, stream: Any) -> None:
-        """Keeps the batch's memory until `stream` is done with it (CUDA)."""
-        if self.batch is not None:
-            self.batch.record_stream(stream)
-
-
-@dataclass(frozen=True)
 class Batcher:
     """Collects a micro-batch and collates it."""
 
@@ -369,7 +335,7 @@ class Batcher:
                     waiting = []
         except (ShardError, OSError) as error:
             # A worker's exception would reach the user as a nested traceback.
-            yield Delivery(None, error=str(error))
+            yield Delivery(None, error=portable(error))
 
     def _deliver(self, samples: list[Sample]) -> Delivery:
         faults = tuple(fault for sample in samples for fault in sample["__faults__"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from types import SimpleNamespace
 
@@ -334,3 +335,34 @@ def test_a_web_server_that_breaks_delivers_the_same_batches(
         assert loader.faults == {}
         local = make("pretrain", folder, tokenizer)
         local.load_state_dict(loader.state_dict())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_network_that_gives_out_is_no_bad_input(write_shards, tokenizer, monkeypatch, workers):
+    """A launcher starts a run again after an OSError, not after a ValueError (a wrong command)."""
+    from data_pipeline.remote import RemoteOptions, TransientError
+    from tests.loopback import Loopback, Status
+
+    monkeypatch.setattr("data_pipeline.remote._FIRST_WAIT_S", 0.0)
+    folder = write_shards("vqa", 12)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with Loopback(files) as server:
+        loader = make(
+            "vqa", server.url, tokenizer, remote=RemoteOptions(retries=0), workers=workers
+        )
+        for name in files:
+            if name.endswith(".tar"):
+                server.script(name, *[Status(503)] * 20)
+        with pytest.raises(TransientError, match="gave up after 1 try"):
+            take(loader, 3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_gives_out_is_no_bad_input(write_shards, tokenizer, monkeypatch, workers):
+    def broken(descriptor, offset, length):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    loader = make("vqa", write_shards("vqa", 12), tokenizer, workers=workers)
+    monkeypatch.setattr("data_pipeline.storage._pread", broken)
+    with pytest.raises(OSError, match="Stale file handle"):
+        take(loader, 3)
