@@ -123,8 +123,11 @@ def _decode_pil(raw: bytes) -> np.ndarray:
                     ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
                     image = Image.alpha_composite(ground, image)
                 return np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SkipSample("decode", f"the image cannot be decoded: {error}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # of bad files PIL raises nearly everything, IndexError for instance
+        reason = f"the image cannot be decoded: {error or type(error).__name__}"
+        raise SkipSample("decode", reason) from None
 
 
 class Picture:
@@ -162,7 +165,10 @@ class Picture:
         Raises:
             SkipSample: undecodable.
         """
-        return _decode_jpeg(self._raw) if self._raw[:2] == _JPEG else _decode_pil(self._raw)
+        decoded = _decode_jpeg(self._raw) if self._raw[:2] == _JPEG else _decode_pil(self._raw)
+        if decoded.shape != self.shape:  # a second header: decoders take the last one
+            raise SkipSample("decode", "the image has another size than its header says")
+        return decoded
 
     def crop(self, x: int, y: int, width: int, height: int, least: int = 0) -> np.ndarray:
         """The pixels of a box; half as many a side when it is at least 2 * `least` on both sides.

@@ -118,5 +118,6 @@ class FaultLedger:
             return
         self._written.add(name)
         self.quarantine.parent.mkdir(parents=True, exist_ok=True)
-        with self.quarantine.open("a", encoding="utf-8") as file:
+        # A key may hold bytes that are not UTF-8; backslashreplace writes them as JSON does.
+        with self.quarantine.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(asdict(fault), ensure_ascii=False) + "\n")

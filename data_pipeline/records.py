@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from data_pipeline.faults import SkipSample
+from data_pipeline.shards import dump_json
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -29,10 +32,12 @@ __all__ = [
     "VqaRecord",
     "image_members",
     "parse_record",
+    "record_member",
 ]
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 Box = tuple[float, float, float, float]
+_MAX_SIDE = 2**31 - 1  # of a PNG
 
 
 class RecordError(ValueError):
@@ -135,16 +140,27 @@ def _get(data: dict[str, Any], name: str, path: str = "") -> Any:
 def _text(value: Any, path: str) -> str:
     if not isinstance(value, str):
         raise _Field(f"field '{path}' must be a string, is {type(value).__name__}")
+    _check_utf8(value, path)
     return value
+
+
+def _check_utf8(text: str, path: str) -> None:
+    """JSON can spell half a character ("\\ud83d"), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"character {error.start + 1} is half of a surrogate pair"
+        raise _Field(f"field '{path}' is not valid Unicode: {what}") from None
 
 
 def _texts(value: Any, path: str) -> tuple[str, ...]:
     """A string, or a list of strings, as a tuple."""
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(item, str) for item in texts):
         raise _Field(f"field '{path}' must be a string or a list of strings")
-    return tuple(value)
+    for text in texts:
+        _check_utf8(text, path)
+    return tuple(texts)
 
 
 def _items(value: Any, path: str, *, empty: bool = False) -> list[dict[str, Any]]:
@@ -156,16 +172,23 @@ def _items(value: Any, path: str, *, empty: bool = False) -> list[dict[str, Any]
 
 
 def _size(value: Any, path: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MAX_SIDE:
         raise _Field(f"field '{path}' must be a positive whole number of pixels, is {value!r}")
     return value
+
+
+def _finite(number: int | float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _box(value: Any, path: str) -> Box:
     numbers = isinstance(value, list) and all(
         isinstance(number, int | float) and not isinstance(number, bool) for number in value
     )
-    if not numbers or len(value) != 4 or not all(math.isfinite(number) for number in value):
+    if not numbers or len(value) != 4 or not all(map(_finite, value)):
         raise _Field(f"field '{path}' must be [x, y, width, height] in pixels, is {value!r}")
     x, y, width, height = (float(number) for number in value)
     if width <= 0 or height <= 0:
@@ -211,6 +234,8 @@ def _question(data: dict[str, Any], path: str) -> Question:
     )
     if not valid:
         raise _Field(f"field '{path}answers' must map answer to a weight between 0 and 1")
+    for answer in answers:
+        _check_utf8(answer, path + "answers")
     return Question(
         _text(_get(data, "question_id", path), path + "question_id"),
         _text(_get(data, "question", path), path + "question"),
@@ -294,9 +319,36 @@ def parse_record(task: str, raw: bytes, shard: str, key: str) -> Record:
         return _PARSERS[task](data)
     except _Field as error:
         raise RecordError.about(shard, key, f"{error} (task {task})") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         reason = f"the JSON member is not valid: {error}"
         raise RecordError.about(shard, key, reason) from None
+
+
+def record_member(task: str, members: Mapping[str, Any], key: str) -> bytes:
+    """What `parse_record` reads of a sample: its JSON member; of img2dataset's layout, a JSON object
+    with the caption that stands in a member of its own.
+
+    Args:
+        members: extension -> bytes; other entries are not looked at.
+
+    Raises:
+        SkipSample: there is none, or it cannot be read.
+    """
+    if task != "pretrain" or "txt" not in members:
+        if "json" not in members:
+            raise SkipSample("missing", "the sample has no .json member (captions or questions)")
+        return members["json"]
+    try:
+        caption = " ".join(members["txt"].decode("utf-8").split())
+        known = json.loads(members.get("json", b"{}"))
+        if isinstance(known, dict) and "captions" in known:
+            return members["json"]
+        if caption:
+            return dump_json({"image_id": key, "captions": [caption]})
+    except (ValueError, RecursionError) as error:
+        reason = f"the caption (.txt), JSON member or key is not valid: {error}"
+        raise SkipSample("record", reason) from None
+    raise SkipSample("missing", "the caption (.txt) is empty")
 
 
 def image_members(task: str) -> tuple[tuple[str, ...], ...]:

@@ -127,8 +127,9 @@ def crop_frame(
     """
     height, width = image.shape[:2]
     across, down = width / frame_width, height / frame_height
-    x0, x1 = round(box[0] * across), round(box[2] * across)
-    y0, y1 = round(box[1] * down), round(box[3] * down)
+    # In a much smaller picture a narrow crop at the border may be rounded out of it.
+    x0, x1 = min(round(box[0] * across), width - 1), round(box[2] * across)
+    y0, y1 = min(round(box[1] * down), height - 1), round(box[3] * down)
     return crop(image, x0, y0, max(x1 - x0, 1), max(y1 - y0, 1), least)
 
 

@@ -8,7 +8,6 @@ returns batches in that order, so the stream does not depend on W.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,8 +25,7 @@ from data_pipeline.faults import MAX_CONSECUTIVE, Fault, SkipSample
 from data_pipeline.index import checksum
 from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import Mixture, step_positions
-from data_pipeline.records import RecordError, image_members, parse_record
-from data_pipeline.shards import dump_json
+from data_pipeline.records import RecordError, image_members, parse_record, record_member
 from data_pipeline.storage import LocalStorage, ShardFile, Storage
 from data_pipeline.tar_headers import ShardError
 
@@ -218,7 +216,7 @@ class ToRecord:
     task: str
 
     def __call__(self, sample: Sample) -> Sample:
-        raw = self._json(sample)
+        raw = record_member(self.task, sample, sample["__key__"])
         images = []
         for names in image_members(self.task):
             name = next((name for name in names if name in sample), None)
@@ -231,29 +229,6 @@ class ToRecord:
         except RecordError as error:
             raise SkipSample("record", error.reason) from None
         return sample | {"record": record, "raw": images[0] if len(images) == 1 else tuple(images)}
-
-    def _json(self, sample: Sample) -> bytes:
-        """The JSON member; of img2dataset's layout, the caption that stands in a member of its
-        own.
-        """
-        if self.task != "pretrain" or "txt" not in sample:
-            if "json" not in sample:
-                raise SkipSample(
-                    "missing", "the sample has no .json member (captions or questions)"
-                )
-            return sample["json"]
-        try:
-            caption = " ".join(sample["txt"].decode("utf-8").split())
-            known = json.loads(sample.get("json", b"{}"))
-        except ValueError as error:
-            raise SkipSample(
-                "record", f"the caption or JSON member is not valid: {error}"
-            ) from None
-        if isinstance(known, dict) and "captions" in known:
-            return sample["json"]
-        if not caption:
-            raise SkipSample("missing", "the caption (.txt) is empty")
-        return dump_json({"image_id": sample["__key__"], "captions": [caption]})
 
 
 def decode(sample: Sample) -> Sample:

@@ -21,7 +21,7 @@ from data_pipeline.index import ShardError, ShardIndex, checksum, load_index
 from data_pipeline.indexing import data_folders
 from data_pipeline.manifest import MANIFEST_NAME, Shard, load_manifest
 from data_pipeline.parallel import run_units
-from data_pipeline.records import RecordError, image_members, parse_record
+from data_pipeline.records import RecordError, image_members, parse_record, record_member
 
 __all__ = ["Problem", "read_members", "verify"]
 
@@ -87,7 +87,7 @@ def _sample_problems(task: str, shard: str, key: str, members: dict[str, bytes])
             yield f"box {[x, y, w, h]} leaves the {width}x{height} picture"
 
 
-def _pair_problems(members: dict[str, bytes]) -> Iterator[str]:
+def _pair_problems(shard: str, key: str, members: dict[str, bytes]) -> Iterator[str]:
     """Problems of a sample in img2dataset's layout: one picture, and its text in a member txt."""
     pictures = [name for name in members if name not in ("txt", "json")]
     if len(pictures) != 1:
@@ -100,8 +100,14 @@ def _pair_problems(members: dict[str, bytes]) -> Iterator[str]:
     try:
         if not members.get("txt", b"").decode().strip():
             yield "the txt member is missing or empty"
+            return
     except UnicodeDecodeError as error:
         yield f"txt: not UTF-8 ({error})"
+        return
+    try:
+        parse_record("pretrain", record_member("pretrain", members, key), shard, key)
+    except (SkipSample, RecordError) as error:
+        yield error.reason
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def _shard_problems(unit: _Unit) -> tuple[list[Problem], np.ndarray]:
         wrong = _damaged_members(data, index, sample)
         members = read_members(data, index, sample)
         if not wrong and unit.layout == "img2dataset":
-            wrong = list(_pair_problems(members))
+            wrong = list(_pair_problems(file, key, members))
         elif not wrong:
             wrong = list(_sample_problems(unit.task, file, key, members))
         problems += [Problem(file, key, what) for what in wrong]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -141,6 +142,30 @@ def test_damaged_pictures_are_faults_before_anything_is_decoded():
 def test_size_comes_from_the_header():
     assert image_size(encode(smooth(40, 24), "JPEG")) == (40, 24)
     assert image_size(encode(smooth(40, 24), "PNG")) == (40, 24)
+
+
+HEADER, END = 8 + 25, -12  # of a PNG: behind its first chunk, and before its last
+
+
+def with_chunk(raw: bytes, kind: bytes, data: bytes, after: int) -> bytes:
+    """A PNG with one more chunk at byte `after`."""
+    chunk = len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    return raw[:after] + chunk + raw[after:]
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"name\0"])
+def test_malformed_pngs_are_faults(data):
+    """PIL raises IndexError for a colour profile that ends early."""
+    with pytest.raises(SkipSample, match="cannot be decoded") as caught:
+        decode_image(with_chunk(encode(smooth(8, 8), "PNG"), b"iCCP", data, END))
+    assert caught.value.kind == "decode"
+
+
+def test_a_second_header_is_a_fault():
+    raw = encode(smooth(8, 8), "PNG")
+    other = raw[16:20] + (4).to_bytes(4, "big") + raw[24:29]
+    with pytest.raises(SkipSample, match="another size"):
+        decode_image(with_chunk(raw, b"IHDR", other, HEADER))
 
 
 def test_huge_claims_are_refused_before_decoding():

@@ -176,6 +176,18 @@ def test_an_empty_caption_of_img2dataset_is_a_problem(tmp_path):
     assert said == [("k0", empty), ("k1", empty), ("k2", "txt: not UTF-8 ")]
 
 
+def test_a_json_member_that_training_cannot_read_is_a_problem(tmp_path):
+    folder = tmp_path / "x"
+    nested, half = b"[" * 100_000, b'{"image_id": "1", "captions": ["\\ud83d"]}'
+    for number, raw in enumerate((nested, half, b"{}")):
+        members = {"jpg": picture(1), "txt": b"a caption", "json": raw}
+        write_shard(folder, number, [(f"k{number}", members)])
+    indexed(folder)
+    _, problems = verify(folder)
+    assert [problem.sample for problem in problems] == ["k0", "k1"]
+    assert "is not valid" in problems[0].what and "surrogate" in problems[1].what
+
+
 @pytest.mark.parametrize("suffix", [".tar.gz", ".tgz"])
 def test_compressed_shards_beside_others_are_refused(tmp_path, suffix):
     folder = tmp_path / "my vqa" / "train"

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from data_pipeline import records
-from data_pipeline.records import RecordError, parse_record
+from data_pipeline.faults import SkipSample
+from data_pipeline.records import RecordError, parse_record, record_member
 
 GOOD = {
     "pretrain": {
@@ -83,6 +84,11 @@ def test_every_missing_field_is_named(task):
         ("nlvr2", ("image_ids",), ["a"], "image_ids"),
         ("retrieval", ("captions",), [], "captions"),
         ("grounding", ("height",), 0, "height"),
+        ("grounding", ("width",), 10**400, "width"),
+        ("grounding", ("expressions", 0, "bb"), [0, 0, 10**400, 2], "expressions[0].bb"),
+        ("grounding", ("expressions", 0, "text"), "half \ud83d", "expressions[0].text"),
+        ("pretrain", ("captions",), ["a cat", "\ud83d"], "captions"),
+        ("vqa", ("questions", 0, "answers"), {"\ud83d": 1.0}, "questions[0].answers"),
     ],
 )
 def test_a_wrong_value_is_named(task, path, value, named):
@@ -101,6 +107,22 @@ def test_a_wrong_value_is_named(task, path, value, named):
 def test_broken_json_is_one_clear_error(raw):
     with pytest.raises(RecordError, match="sample 'k'"):
         parse_record("vqa", raw, "s.tar", "k")
+
+
+def test_captions_of_a_txt_member():
+    def record(**members: bytes) -> bytes:
+        return record_member("pretrain", members, "k")
+
+    assert json.loads(record(txt=b" a \n cat", json=b"{}"))["captions"] == ["a cat"]
+    own = b'{"captions": ["own"]}'
+    assert record(txt=b"a cat", json=own) == own
+    for bad in (b"[" * 100_000, b"{"):
+        with pytest.raises(SkipSample, match="not valid"):
+            record(txt=b"a cat", json=bad)
+    with pytest.raises(SkipSample, match="empty"):
+        record(txt=b" ")
+    with pytest.raises(SkipSample, match="not valid"):  # a key that is not UTF-8
+        record_member("pretrain", {"txt": b"a cat"}, "\udcff")
 
 
 def test_unknown_task():

@@ -15,6 +15,7 @@ from data_pipeline.regions import (
     choose_crop,
     choose_rows,
     clip_box,
+    crop_frame,
     draw_region_rows,
     patch_mask,
 )
@@ -142,6 +143,13 @@ def test_a_picture_stored_smaller_than_its_frame():
     )
     assert image.shape == (SIZE, SIZE, 3)
     np.testing.assert_allclose(rows[0].box, (0.5, 0.5, 0.5, 0.5))
+
+
+def test_a_box_at_the_border_of_a_much_smaller_picture():
+    """Its crop may be narrower than a pixel of the picture, and must not be empty."""
+    pixels = np.arange(24 * 24 * 3).reshape(24, 24, 3).astype(np.uint8)
+    seen = crop_frame(pixels, (495, 497, 500, 500), 500, 500, 0)
+    np.testing.assert_array_equal(seen, pixels[23:, 23:])
 
 
 def test_a_box_outside_is_a_fault():

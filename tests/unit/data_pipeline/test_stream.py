@@ -160,6 +160,37 @@ def test_skip_counts_records_and_substitutes(write_shards, tokenizer, kind, work
     assert [next(again).keys for _ in range(12)] == [batch.keys for batch in batches]
 
 
+ODD = {
+    "surrogate": {"json": b'{"image_id": "7", "captions": ["half \\ud83d"]}'},
+    "number": {
+        "json": b'{"image_id": "7", "captions": ["a"], "width": 9, "height": 9, "elems": '
+        b'[{"caption": "a", "bb": [0, 0, 1, 1%s]}]}' % (b"0" * 400)
+    },
+    "depth": {"txt": b"a caption", "json": b"[" * 100_000},
+    "key": {"__key__": "s\udcff7", "json": b"{"},
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_records_are_skipped_not_fatal(write_shards, tokenizer, kind, tmp_path):
+    """These ended the run at the same place at every resume."""
+
+    def change(number, sample):
+        if number == BAD:
+            sample.update(ODD[kind])
+
+    quarantine = tmp_path / "bad.jsonl"
+    options = {"batch": 5, "train": True, "image_size": 24, "block": 4, "window_blocks": 2}
+    options |= {"faults": "skip", "max_fault_rate": 0.2, "quarantine": quarantine}
+    folder = write_shards("pretrain", 20, change=change)
+    loader = build_loader("pretrain", folder, tokenizer=tokenizer, **options)
+    stream = iter(loader)
+    assert len([key for _ in range(4) for key in next(stream).keys]) == 20
+    assert loader.faults == {"record": 1}
+    (line,) = map(json.loads, quarantine.read_text().splitlines())
+    assert line["key"] == ODD[kind].get("__key__", "s00007")
+
+
 def test_only_the_bad_sample_is_replaced(write_shards, tokenizer, tmp_path):
     """The stream with a bad sample differs from the plan in its place only."""
     folder = write_shards("vqa", 20, change=spoil("cut"))
