@@ -151,14 +151,16 @@ class CheckpointManager:
     def _prepare(self, target: Path) -> None:
         """An empty folder, and nothing in the way: what is newer than where this run stands was
         walked past or comes from an abandoned attempt, and must not be taken for a continuation.
+        The target may be one of those.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for tag in tags_of(self.folder):
             folder = self.folder / tag
-            if folder == target or not (folder / manifest.MANIFEST).exists():
-                self._remove(folder)  # it is written again, or its save was not completed
-            elif int(manifest.step_of(tag) or 0) > self._position:
+            complete = (folder / manifest.MANIFEST).exists()
+            if complete and int(manifest.step_of(tag) or 0) > self._position:
                 self._supersede(folder)
+            elif folder == target or not complete:
+                self._remove(folder)  # it is written again, or its save was not completed
         target.mkdir()
 
     def _supersede(self, old: Path) -> None:

@@ -378,6 +378,21 @@ def test_going_on_from_an_older_checkpoint_sets_newer_ones_aside(folder: Path) -
     assert sorted(p.name for p in folder.glob("step_*")) == ["step_00000010", "step_00000015"]
 
 
+def test_an_older_checkpoint_gone_on_from_replaces_none_of_the_abandoned_ones(folder: Path) -> None:
+    """The new attempt comes by the steps of the old one: its checkpoints are set aside, too."""
+    manager = CheckpointManager(folder, keep=3, run_id="mine")
+    manager.load(FakeEngine(torch.zeros(40)), str(folder / "step_00000010"))  # type: ignore[arg-type]
+    manager.save(FakeEngine(torch.full((40,), -1.0)), 20, state_of(20))  # type: ignore[arg-type]
+    again = FakeEngine(torch.zeros(40))
+    manager.load(again)  # type: ignore[arg-type]
+    assert torch.equal(again.weights, torch.full((40,), -1.0))
+    old = folder / "superseded" / "step_00000020-1"
+    manifest.check_files(old, manifest.read(old))
+    assert sorted(p.name for p in old.parent.iterdir()) == [old.name, "step_00000030-1"]
+    save(manager, 30)
+    assert len(list(old.parent.iterdir())) == 2
+
+
 def test_deepspeeds_own_writers_are_refused(tmp_path: Path) -> None:
     engine = FakeEngine(torch.zeros(4))
     engine.checkpoint_engine = SimpleNamespace()
