@@ -140,6 +140,25 @@ class CheckpointManager:
         if failed is not None:
             raise failed
 
+    def note_score(self, step: int) -> None:
+        """Writes the score of `step` into the manifest of the checkpoint that was loaded, when it
+        is of that step: its validation was made up for, and only its score keeps a best one from
+        being removed. Raises SaveError.
+        """
+        score = self.best.score_at(step)
+        if score is not None and step == self._position:
+            folder = self.folder / manifest.tag_of(step)
+            self._peers.from_rank_0(lambda: self._rescore(folder, score))
+
+    @staticmethod
+    def _rescore(folder: Path, score: dict[str, Any]) -> None:
+        try:
+            values = manifest.read(folder)
+            del values["hash"]  # of the manifest without the score
+            manifest.write(folder, values | {"score": score})
+        except (OSError, ManifestError) as error:
+            raise SaveError(f"{folder.name} keeps no score: {error}") from error
+
     def _settle(self) -> Exception | None:
         """Waits for the writer; its failure, which every rank has alike."""
         if self._writer is not None:

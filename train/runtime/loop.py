@@ -254,6 +254,8 @@ def _between_steps(
         progress.unvalidated = validated is None
         if validated is not None:
             better = run.checkpoints.best.see(step, validated.get("validation", {}))
+            if late:  # the step has its checkpoint, which `save` would not write twice
+                run.checkpoints.note_score(step)
             record |= validated
     if record:
         run.monitor.step(step, progress.samples, record)

@@ -284,6 +284,21 @@ def test_the_best_checkpoint_stays_through_a_restart(tmp_path: Path) -> None:
     assert manifest.read(tmp_path / "step_00000020")["score"] == {"name": "accuracy", "value": 0.8}
 
 
+def test_a_checkpoint_validated_late_has_its_score(folder: Path) -> None:
+    manager = CheckpointManager(folder, keep=1, run_id="mine", best="accuracy")
+    manager.load(FakeEngine(torch.zeros(40)))  # type: ignore[arg-type]
+    manager.note_score(30)  # not validated: nothing to note
+    assert manager.best.see(30, {"accuracy": 0.9})
+    manager.note_score(30)
+    found = find_valid(Peers(), folder, "auto", "mine")
+    assert found is not None and found[0].name == "step_00000030", "still valid"
+    assert found[1]["score"] == {"name": "accuracy", "value": 0.9}
+    for step in (40, 50):
+        manager.best.see(step, {"accuracy": 0.5})
+        save(manager, step)
+    assert sorted(p.name for p in folder.glob("step_*")) == ["step_00000030", "step_00000050"]
+
+
 def test_a_metric_that_is_not_measured_is_named() -> None:
     with pytest.raises(UserError, match=r"checkpoint.best: 'accuracyy'.*accuracy"):
         Best("accuracyy").see(1, {"accuracy": 0.5})

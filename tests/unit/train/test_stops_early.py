@@ -50,7 +50,10 @@ def test_a_validation_is_left_within_a_batch() -> None:
 
 
 def _stop_in_validation(folder: str) -> dict[str, Any]:
-    config = tiny_config(Path(folder), eval={"every": 4}, engine={"config": "zero1"})
+    keep = {"best": "loss", "keep": 1}
+    config = tiny_config(
+        Path(folder), eval={"every": 4}, engine={"config": "zero1"}, checkpoint=keep
+    )
     run = tiny_run(config, start())
     task = Scored()
     if run.dist.rank == 1:
@@ -59,7 +62,7 @@ def _stop_in_validation(folder: str) -> dict[str, Any]:
     code = loop.train(run)
     again = tiny_run(config, start())
     calls: list[int] = []
-    again.validate = lambda step: calls.append(step) or {"loss": 1.0}
+    again.validate = lambda step: calls.append(step) or {"loss": float(step)}
     stood = loop.restore(again, "auto")
     return {
         "code": code,
@@ -67,6 +70,7 @@ def _stop_in_validation(folder: str) -> dict[str, Any]:
         "position": run.loader.position,
         "stands": (stood.step, stood.unvalidated),
         "next": (loop.train(again), calls),
+        "kept": sorted(int(path.name[5:]) for path in Path(folder).glob("checkpoints/step_*")),
     }
 
 
@@ -77,6 +81,7 @@ def test_a_stop_in_validation_saves_the_step_it_belongs_to(tmp_path: Path) -> No
         assert said["position"] == 4, "training went on"
         assert said["stands"] == (4, True)
         assert said["next"] == (0, [4, 8, 12, 16, 20])  # what was left out is made up for
+        assert said["kept"] == [4, 20], "the best one, validated late, is gone"
 
 
 def _stop_before_the_first_step(folder: str) -> dict[str, Any]:
