@@ -48,6 +48,7 @@ class Progress:
     samples: int = 0
     saved: int = -1  # step of the newest checkpoint, which is not written twice
     unvalidated: bool = False  # a stop came before this step's validation: it is made up for
+    retry: bool = False  # the general step was not applied: its region step is not taken again
     guard: StepGuard = field(default_factory=StepGuard)
 
 
@@ -84,19 +85,19 @@ def _train(run: Run, resume: str, rebase: bool, stop: StopFlag, watchdog: StallW
     attach(run.engine, run.directory)
     general = iter(run.loader)
     region = iter(run.region_loader) if run.region_loader is not None else None
-    guard, window, retry = progress.guard, Window(), False
+    guard, window = progress.guard, Window()
     run.student.train()
     if progress.unvalidated:
         _between_steps(run, progress, window, guard, stop)
     while progress.step < config.optim.steps:
         set_lr(run.engine.optimizer.param_groups, lr_at(config.optim, progress.step))
         # A region step uses the coming general step's lr and does not advance the schedule.
-        if region is not None and not retry and _is_region_step(config, progress.step):
+        if region is not None and not progress.retry and _is_region_step(config, progress.step):
             _one_step(run, region, progress, "region", window, guard)
-        retry = not _one_step(run, general, progress, "general", window, guard)
+        progress.retry = not _one_step(run, general, progress, "general", window, guard)
         watchdog.beat()
         stop.everywhere()  # all ranks hear of it in the same step
-        if not retry:
+        if not progress.retry:
             progress.step += 1
             window = _between_steps(run, progress, window, guard, stop)
         if stop.agreed:
@@ -143,6 +144,7 @@ def restore(run: Run, resume: str, rebase: bool = False) -> Progress:
     _tell_batch_change(state, run)
     progress.step, progress.samples, progress.saved = state["step"], state["samples"], state["step"]
     progress.unvalidated = state.get("unvalidated", False)
+    progress.retry = state.get("retry", False)
     _LOG.info("resumed at step %d (%d samples)", progress.step, progress.samples)
     if progress.step > run.config.optim.steps:
         raise UserError(
@@ -181,7 +183,7 @@ def save(run: Run, progress: Progress, wait: bool = False) -> None:
         guard=progress.guard,
         best=run.checkpoints.best,
     )
-    state["unvalidated"] = progress.unvalidated
+    state["unvalidated"], state["retry"] = progress.unvalidated, progress.retry
     report.at(f"the checkpoint of step {progress.step}")
     run.checkpoints.save(run.engine, progress.step, state, wait=wait)
     progress.saved = progress.step

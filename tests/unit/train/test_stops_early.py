@@ -109,3 +109,47 @@ def test_a_stop_before_the_first_step_needs_no_checkpoint(tmp_path: Path) -> Non
         assert said == {"codes": [75, 75], "read": 0, "saved": False}
     log = (tmp_path / "events.log").read_text()
     assert "told to stop (signal on another rank) before step 0 began: nothing to save" in log
+
+
+class SkippedOnce(TinyTask):
+    """The general batch that loader position `bad` stands behind makes no finite loss."""
+
+    bad, loader = 0, TinyLoader(0)
+
+    def losses(self, student: Any, teacher: Any, batch: Any, context: Any) -> Any:
+        losses = super().losses(student, teacher, batch, context)
+        if batch.keys[0] == "general" and self.loader.position == self.bad:
+            losses.terms["head"] = losses.terms["head"] * torch.nan
+        return losses
+
+
+def _stop_in_a_skipped_step(folder: str) -> dict[str, Any]:
+    place = start()
+
+    def run_in(name: str, signalled: bool = False) -> Any:
+        task = SkippedOnce()
+        run = tiny_run(tiny_config(Path(folder) / name), place, task)
+        regions = (step for step in range(1, 20) if loop._is_region_step(run.config, step))
+        step = next(step for step in regions if step % 10)  # where no checkpoint is due
+        task.loader, task.bad = run.loader, step + 1
+        if signalled:
+            run.loader.after = lambda position: (
+                os.kill(os.getpid(), signal.SIGTERM) if position == task.bad else None
+            )
+        return run, loop.train(run)
+
+    runs = [run_in("whole"), run_in("parts", signalled=True), run_in("parts")]
+    whole, _, parts = (run for run, _ in runs)
+    return {
+        "codes": [code for _, code in runs],
+        "positions": [(run.loader.position, run.region_loader.position) for run in (whole, parts)],
+        "weights": [run.student.state_dict() for run in (whole, parts)],
+    }
+
+
+def test_a_stop_in_a_skipped_step_repeats_no_region_step(tmp_path: Path) -> None:
+    (said,) = fork_ranks(_stop_in_a_skipped_step, 1, str(tmp_path))
+    assert said["codes"] == [0, 75, 0]
+    assert said["positions"][0] == said["positions"][1] and said["positions"][0][0] == 21
+    whole, parts = said["weights"]
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
