@@ -149,7 +149,8 @@ class Monitor:
         for key, value in rates.items():
             line.setdefault(key, value)
         self._pending.append(line)
-        if step - self._flushed_step >= max(1, self.log.every) or step >= self._total:
+        every = max(1, self.log.every)  # intervals, wherever a checkpoint made us write between
+        if step // every > self._flushed_step // every or step >= self._total:
             self.flush()
 
     def flush(self) -> None:

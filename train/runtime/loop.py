@@ -184,6 +184,7 @@ def save(run: Run, progress: Progress, wait: bool = False) -> None:
         best=run.checkpoints.best,
     )
     state["unvalidated"], state["retry"] = progress.unvalidated, progress.retry
+    run.monitor.flush()  # a run that goes on from here writes no records of earlier steps
     report.at(f"the checkpoint of step {progress.step}")
     run.checkpoints.save(run.engine, progress.step, state, wait=wait)
     progress.saved = progress.step

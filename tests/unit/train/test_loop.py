@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from data_pipeline.batches import Batch
 from data_pipeline.faults import FAULT_KINDS
 from tests.distributed.spawn import run_ranks
-from tests.distributed.stand_in import TinyTask, tiny_config, tiny_run
+from tests.distributed.stand_in import TinyLoader, TinyTask, tiny_config, tiny_run
 from train.config import OptimConfig
 from train.runtime import loop
 from train.runtime.distributed import start
@@ -199,3 +200,18 @@ def test_keyed_generators_depend_on_seed_and_key_only() -> None:
     assert draw(0, 5, "general", 1) == first
     others = {draw(1, 5, "general", 1), draw(0, 6, "general", 1), draw(0, 5, "region", 1)}
     assert first not in others and len(others) == 3
+
+
+def test_records_are_on_disk_before_a_checkpoint_says_they_are_past(tmp_path: Path) -> None:
+    done: list[str] = []
+    run = SimpleNamespace(
+        config=tiny_config(tmp_path),
+        loader=TinyLoader(0),
+        region_loader=None,
+        gates=None,
+        engine=None,
+        monitor=SimpleNamespace(flush=lambda: done.append("records")),
+        checkpoints=SimpleNamespace(best=None, save=lambda *_, **__: done.append("checkpoint")),
+    )
+    loop.save(run, loop.Progress(step=7))  # type: ignore[arg-type]
+    assert done == ["records", "checkpoint"]

@@ -293,3 +293,13 @@ def test_duration() -> None:
 
 def test_flatten() -> None:
     assert dict(flatten({"loss": {"itc": 1}, "lr": 2})) == {"loss/itc": 1, "lr": 2}
+
+
+def test_a_flush_between_intervals_does_not_shift_them(tmp_path: Path) -> None:
+    with _monitor(tmp_path, log=LogConfig(every=3)) as monitor:
+        for step in (3, 4):
+            monitor.step(step, step, _record(step))
+        assert [line["step"] for line in _lines(tmp_path)] == [3]
+        monitor.flush()  # a checkpoint
+        monitor.step(6, 6, _record(6))
+        assert [line["step"] for line in _lines(tmp_path)] == [3, 4, 6]
