@@ -27,12 +27,13 @@ from data_pipeline.mixture import choose_groups
 from data_pipeline.position import DataSet, PlanSettings, Position, check_unit
 from data_pipeline.prefetch import DevicePrefetcher
 from data_pipeline.remote import RemoteOptions
+from data_pipeline.sources import in_cloud
 from data_pipeline.storage import Storage, open_manifest, storage_for
 from data_pipeline.stream import PlannedSource, ShardReader, build_pipeline
 from data_pipeline.tasks import SCHEMAS, RegionOptions, check_task, make_assembler
 from data_pipeline.worker import start_worker
 
-__all__ = ["DataSource", "Loader", "build_loader"]
+__all__ = ["DataSource", "Loader", "build_loader", "evaluation_workers"]
 
 _LOG = logging.getLogger(__name__)
 # Region rows are drawn within units of at least this many images, so that few rows are copies.
@@ -263,6 +264,16 @@ def _data_sets(manifests: Sequence[Manifest], sources: _Sources) -> list[DataSet
         DataSet(manifest.location, manifest.hash, manifest.shard_samples, weight)
         for manifest, (_, weight) in zip(manifests, sources, strict=True)
     ]
+
+
+def evaluation_workers(data: Path | str | Sequence[DataSource], workers: int) -> int:
+    """Workers for passes over held-out data in a process whose training data have `workers`.
+
+    One where a bucket is read: once this process had used obstore, which does not survive a fork,
+    no later worker could. Otherwise none: a start costs more than a short pass gains.
+    """
+    cloud = any(in_cloud(path) for path, _ in _sources(data, train=True))
+    return min(1, workers) if cloud else 0
 
 
 def build_loader(

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.loader import Loader, build_loader
+from data_pipeline.loader import Loader, build_loader, evaluation_workers
 from data_pipeline.remote import RemoteOptions
 from data_pipeline.text import load_tokenizer
 from models.config import ModelConfig
@@ -189,7 +189,7 @@ def make_loader(
         rows_per_image=data.rows_per_image,
         augment=data.augment if train else "none",
         prompt=data.prompt,
-        workers=data.workers if train else 0,
+        workers=data.workers if train else evaluation_workers(source, data.workers),
         block=data.block,
         window_blocks=data.window_blocks,
         groups=data.groups,

@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +17,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.loader import build_loader
+from data_pipeline.loader import build_loader, evaluation_workers
 
+ROOT = Path(__file__).resolve().parents[3]
 REGION = SimpleNamespace(images=4, rows=10, max_regions=4, min_fraction_in_crop=0.5, unit_images=0)
 relaxed = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -366,3 +372,38 @@ def test_a_disk_that_gives_out_is_no_bad_input(write_shards, tokenizer, monkeypa
     monkeypatch.setattr("data_pipeline.storage._pread", broken)
     with pytest.raises(OSError, match="Stale file handle"):
         take(loader, 3)
+
+
+def test_held_out_data_in_a_bucket_have_one_worker():
+    bucket, folder = Source("s3://bucket/val"), Source("data/val")
+    assert [evaluation_workers(bucket.path, n) for n in (0, 1, 8)] == [0, 1, 1]
+    assert evaluation_workers([folder, bucket], 8) == 1
+    assert evaluation_workers("https://host/val", 8) == evaluation_workers([folder], 8) == 0
+
+
+def test_workers_start_after_a_validation_from_a_bucket(write_shards, tokenizer_folder):
+    """obstore in the main process would end every worker forked later, as after a late validation."""
+    pytest.importorskip("obstore")
+    from tests.loopback import Loopback
+
+    folder = write_shards("vqa", 12)
+    code = """
+        import sys
+        from data_pipeline.loader import build_loader, evaluation_workers
+        from data_pipeline.text import load_tokenizer
+        tokenizer, url = load_tokenizer(sys.argv[1]), "s3://bucket/set"
+        def loader(train):
+            workers = 1 if train else evaluation_workers(url, 1)
+            return build_loader("vqa", url, tokenizer=tokenizer, batch=4, train=train,
+                                image_size=24, workers=workers, block=4, window_blocks=2)
+        print(len([batch for batch in loader(False)]), len(next(iter(loader(True))).images))
+    """
+    files = {f"bucket/set/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    with Loopback(files) as server:
+        env = {"AWS_ENDPOINT_URL": server.url, "AWS_ALLOW_HTTP": "1", "AWS_SKIP_SIGNATURE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code), str(tokenizer_folder)],
+            env=os.environ | env, cwd=ROOT, capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["3", "4"]
