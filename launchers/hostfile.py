@@ -5,6 +5,7 @@ started by hand (`--node-rank`), without ssh.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import shlex
@@ -40,6 +41,9 @@ CARRIED = (
     "WANDB_",
 )
 _PREFIXES = tuple(name for name in CARRIED if name.endswith("_"))
+# DeepSpeed puts what travels into the command lines of pdsh and ssh, where every user of the machine
+# can read it, and into its log.
+_SECRET = re.compile(r"_(KEY|TOKEN)$|_SECRET|_PASSWORD", re.IGNORECASE)
 # Below 32768, where Linux hands out ports by itself.
 _FIRST_PORT, _PORTS = 20000, 12000
 PROBE_SECONDS = 15.0
@@ -218,12 +222,15 @@ def travelling(environment: dict[str, str]) -> dict[str, str]:
 
 def _environment_file(environment: dict[str, str], folder: Path) -> str:
     """KEY=VALUE lines that DeepSpeed exports on the other machines: what it forgets, the job's own
-    variables, and above all the user's own file.
+    variables, and above all the user's own file. Secrets stay here.
 
     Raises:
         ValueError: a value has a line break, which the file cannot say.
     """
     lines = travelling(environment | variables(folder, watched=False)) | _users_file()
+    secret = [name for name in lines if _SECRET.search(name)]
+    _tell_secrets(tuple(secret))
+    lines = {name: value for name, value in lines.items() if name not in secret}
     for name, value in lines.items():
         if "\n" in value:
             raise ValueError(
@@ -232,6 +239,18 @@ def _environment_file(environment: dict[str, str], folder: Path) -> str:
     path = folder / "deepspeed_env"
     path.write_text("".join(f"{name}={_env_value(value)}\n" for name, value in lines.items()))
     return str(path)
+
+
+@functools.cache  # once, not at every start again
+def _tell_secrets(names: tuple[str, ...]) -> None:
+    if names:
+        print(
+            f"espalier launch: {', '.join(names)} not sent to the other machines, where command "
+            "lines would show it: set it there (a login profile, or a file as `wandb login` and "
+            "`hf auth login` write it)",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _env_value(value: str) -> str:

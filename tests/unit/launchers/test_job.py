@@ -173,14 +173,14 @@ def test_any_word_arrives_unchanged(word: str) -> None:
 
 def test_the_environment_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     users = tmp_path / "users"
-    users.write_text("# a comment\n\nNCCL_DEBUG = INFO\nMY_KEY=a=b\n")
+    users.write_text("# a comment\n\nNCCL_DEBUG = INFO\nMY_NAME=a=b\n")
     for name, value in {"DS_ENV_FILE": str(users), "NCCL_IB_HCA": "mlx5", "HF_HOME": "/a $b",
                         "NCCL_DEBUG": "WARN", "SECRET": "x"}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     path = hostfile._environment_file({"PYTHONPATH": "/p"}, tmp_path)
     lines = dict(line.split("=", 1) for line in Path(path).read_text().splitlines())
     assert lines["NCCL_DEBUG"] == "INFO"  # the user's file wins
-    assert lines["MY_KEY"] == "a=b"
+    assert lines["MY_NAME"] == "a=b"
     assert lines["NCCL_IB_HCA"] == "mlx5"
     assert lines["HF_HOME"] == "/a \\$b"
     assert lines[job.JOB] == str(tmp_path)
@@ -189,6 +189,26 @@ def test_the_environment_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HF_HOME", "a\nb")
     with pytest.raises(ValueError, match="HF_HOME has a line break"):
         hostfile._environment_file({}, tmp_path)
+
+
+def test_secrets_do_not_travel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """DeepSpeed would put them into command lines, which every user of the machine can read."""
+    users = tmp_path / "users"
+    users.write_text("MY_SECRET_NAME=hidden\nmy_password=hidden\n")
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "HF_hub_token"):
+        monkeypatch.setenv(name, "hidden")
+    monkeypatch.setenv("DS_ENV_FILE", str(users))
+    monkeypatch.setenv("HF_TOKEN_PATH", "/home/me/token")
+    hostfile._tell_secrets.cache_clear()
+    for _ in range(2):  # a start and a restart
+        text = Path(hostfile._environment_file({}, tmp_path)).read_text()
+        assert "hidden" not in text and "HF_TOKEN_PATH=/home/me/token" in text
+    said = capsys.readouterr().err
+    assert said.count("not sent to the other machines") == 1 and "hidden" not in said
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "HF_hub_token", "MY_SECRET_NAME", "my_password"):
+        assert name in said
 
 
 def test_a_restart_leaves_out_lost_machines(
