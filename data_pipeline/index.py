@@ -39,6 +39,7 @@ __all__ = [
     "index_path",
     "load_index",
     "open_index",
+    "parse_index",
 ]
 
 INDEX_VERSION = 2
@@ -293,13 +294,24 @@ def open_index(idx_path: Path, name: str, tar_bytes: int) -> ShardIndex:
         ShardError: no index, a damaged one, or one made for a shard of another size than
             `tar_bytes`.
     """
-    remedy = f"run: espalier data index {name.rpartition('/')[0] or '.'}"
     if not idx_path.is_file():
-        raise ShardError(f"{idx_path}: the shard has no index; {remedy}")
+        raise ShardError(f"{idx_path}: the shard has no index; {_remedy(name)}")
     with idx_path.open("rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
-            raise ShardError(f"{idx_path}: not an index; {remedy}")
+            raise ShardError(f"{idx_path}: not an index; {_remedy(name)}")
         raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return parse_index(raw, str(idx_path), name, tar_bytes)
+
+
+def _remedy(name: str) -> str:
+    return f"run: espalier data index {name.rpartition('/')[0] or '.'}"
+
+
+def parse_index(raw: bytes | mmap.mmap, idx_path: str, name: str, tar_bytes: int) -> ShardIndex:
+    """As `open_index`, from what `idx_path` holds."""
+    remedy = _remedy(name)
+    if raw[: len(_MAGIC)] != _MAGIC:
+        raise ShardError(f"{idx_path}: not an index; {remedy}")
     length = int.from_bytes(raw[8:16], "little")
     try:
         header = json.loads(raw[_HEAD : _HEAD + length])
@@ -326,7 +338,9 @@ def open_index(idx_path: Path, name: str, tar_bytes: int) -> ShardIndex:
     return ShardIndex(name, tar_bytes, xxh3, extensions, **arrays)
 
 
-def _arrays(raw: mmap.mmap, position: int, described: dict[str, Any]) -> dict[str, np.ndarray]:
+def _arrays(
+    raw: bytes | mmap.mmap, position: int, described: dict[str, Any]
+) -> dict[str, np.ndarray]:
     arrays = {}
     for name, (kind, count) in described.items():
         if kind not in _DTYPES[name]:

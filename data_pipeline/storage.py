@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline.cache import Entry, ShardCache
 from data_pipeline.downloads import Downloads
-from data_pipeline.index import ShardError, ShardIndex, load_index, open_index
+from data_pipeline.index import ShardError, ShardIndex, load_index, open_index, parse_index
+from data_pipeline.index_memory import IndexMemory
 from data_pipeline.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -175,6 +175,7 @@ class _Process:
     fetcher: Fetcher
     cache: ShardCache | None
     downloads: Downloads | None
+    indexes: IndexMemory = field(default_factory=IndexMemory)  # where there is no cache
 
 
 class RemoteStorage:
@@ -236,10 +237,13 @@ class RemoteStorage:
             return _checked(open_index(path, entry.label, entry.bytes), manifest, shard)
 
         if process.cache is None:
-            with tempfile.NamedTemporaryFile(prefix="espalier-", suffix=".idx") as file:
-                file.write(fetch())
-                file.flush()
-                return load(Path(file.name))  # the memory map outlives the name
+            index = process.indexes.get(name)
+            if index is None:
+                raw = fetch()
+                parsed = parse_index(raw, f"{entry.label}.idx", entry.label, entry.bytes)
+                index = _checked(parsed, manifest, shard)
+                process.indexes.put(name, index, len(raw))
+            return index
         try:
             return load(process.cache.index(entry, fetch))
         except ShardError:
@@ -251,6 +255,7 @@ class RemoteStorage:
         process = self.process()
         if process.downloads is not None:
             process.downloads.plan([self._entry(manifest, shard) for shard in shards])
+        process.indexes.keep(manifest.shards[shard].name for shard in shards)
 
     def counters(self) -> dict[str, int]:
         return self.process().counters.as_dict()

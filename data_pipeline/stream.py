@@ -32,7 +32,7 @@ from data_pipeline.tar_headers import ShardError
 __all__ = ["PlannedSource", "ShardReader", "build_pipeline"]
 
 Sample = dict[str, Any]
-_OPEN_SHARDS = 64
+_OPEN_SHARDS = 64  # of local ones each holds two descriptors
 
 
 class ShardReader:
