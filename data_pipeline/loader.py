@@ -76,6 +76,7 @@ class Loader:
         self._rank, self._world_size = rank, world_size
         self._workers, self._device = workers, device
         self._transfers: dict[int, dict[str, int]] = {}
+        self._told = False
 
     @property
     def samples_per_epoch(self) -> int:
@@ -152,7 +153,25 @@ class Loader:
             )
         )
 
+    def _tell_left_out(self) -> None:
+        """Says once how many samples an epoch leaves out, and why."""
+        if self._told:
+            return
+        self._told = True
+        for manifest, plan in zip(
+            self.position.by_entry(self.manifests), self.position.mixture.plans, strict=True
+        ):
+            if manifest is not None and plan is not None and plan.left_out:
+                _LOG.info(
+                    "%s data: each epoch leaves out %d of the %d samples (%d shards) of %s, others "
+                    "each time: they do not fill %d equal groups (data.groups)",
+                    self._task, plan.left_out, plan.samples, len(plan.shard_samples),
+                    manifest.location, plan.groups,
+                )  # fmt: skip
+
     def __iter__(self) -> Iterator[Batch]:
+        if self._train:
+            self._tell_left_out()
         # What waits on the device was not delivered: only batches that are handed out count.
         ahead = DevicePrefetcher(self._deliveries(), self._device)
         try:

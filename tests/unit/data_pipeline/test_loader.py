@@ -164,6 +164,17 @@ def test_more_samples_in_a_batch_than_in_the_data(write_shards, tokenizer):
     assert len(only) == 1 and int(only[0].valid.sum()) == 9
 
 
+def test_the_log_counts_once_what_an_epoch_leaves_out(write_shards, tokenizer, caplog):
+    caplog.set_level("INFO", logger="data_pipeline")
+    folder = write_shards("vqa", 23)
+    loader = make("vqa", folder, tokenizer, groups=4)
+    take(loader, 8)
+    take(loader, 1)
+    list(make("vqa", folder, tokenizer, train=False))  # every sample, in order
+    (line,) = [record.getMessage() for record in caplog.records if "leaves out" in record.msg]
+    assert "leaves out 3 of the 23 samples (3 shards)" in line and "4 equal groups" in line
+
+
 def test_foreign_states_are_refused(write_shards, tokenizer):
     folder = write_shards("vqa", 12)
     loader = make("vqa", folder, tokenizer)
