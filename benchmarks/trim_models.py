@@ -85,7 +85,7 @@ def load_asked(
         ids, mask = (
             (batch.question_ids, batch.question_mask) if vqa else (batch.text_ids, batch.text_mask)
         )
-        key = batch.keys[0] if vqa else str(int(batch.image_ids[0]))
+        key = batch.keys[0] if vqa else batch.image_ids[0]
         if key in seen:
             continue
         seen.add(key)

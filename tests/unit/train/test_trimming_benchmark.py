@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.blocksworld.build import build_blocksworld
 from data_pipeline.blocksworld.scenes import Scene, Thing, scene_digest, split_of
 from data_pipeline.blocksworld.vocabulary import write_tokenizer
 from data_pipeline.text import TextEncoder, load_tokenizer
@@ -104,6 +105,16 @@ def test_a_cell_is_another_one_when_the_training_it_follows_changes(tmp_path):
     changed = trimming.identities([*cells[:at], other, *cells[at + 1 :]])
     moved = {name for name in names if names[name] != changed[name]}
     assert moved == {name for name in names if "-0.5" in name and "self" not in name}
+
+
+@pytest.mark.parametrize("task", ["vqa", "retrieval"])
+def test_rows_are_of_different_pictures_and_have_no_padding(task, tmp_path):
+    build_blocksworld(tmp_path, 12, val=2, test=4, image_size=48, tasks=(task,))
+    rows = trim_models.load_asked(
+        tmp_path / task / "test", task, load_tokenizer(tmp_path / "tokenizer"), 48, 3, 20
+    )
+    assert len(rows) == 3 and all(row.mask.all() for row in rows)
+    assert not torch.equal(rows[0].images, rows[1].images)
 
 
 @torch.inference_mode()
