@@ -1,9 +1,11 @@
-"""Trimming on two ranks: cost, losses and gradients are those of one process with all rows, and
-parameters that are partitioned train alike.
+"""Trimming on two ranks: cost, losses and gradients are those of one process with all rows,
+parameters that are partitioned train alike, and a run ends with what its first rank measures.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.batches import VqaBatch
-from models import presets
+from data_pipeline.blocksworld.build import build_blocksworld
+from models import from_pretrained, presets
 from models.trimming import with_trimming
 from models.xvlm import XVLM
 from tests.distributed.forked import fork_ranks
@@ -24,8 +27,9 @@ from tests.unit.train.test_trim import decisive
 from train.build import build
 from train.config import KdConfig
 from train.losses.gather import rank_and_world
-from train.runtime import loop
+from train.runtime import loop, report
 from train.runtime.distributed import start
+from train.stages import walk as stage_module
 from train.tasks.base import StepContext
 from train.tasks.trim import TrimTask
 from train.tasks.vqa import VqaTask
@@ -134,3 +138,75 @@ def test_partitioned_parameters_train_alike(folder: Path) -> None:
                 continue
             error = relative_error(wholly[name], expected)
             assert error < 1e-3, f"{name} is off by {error:.1e}"
+
+
+@pytest.fixture(scope="module")
+def trimmable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and a tiny model of tasks whose losses ask the other ranks."""
+    root = tmp_path_factory.mktemp("trimmable")
+    tasks = ("vqa", "retrieval")
+    build_blocksworld(root / "data", 24, val=6, test=6, image_size=48, tasks=tasks)
+    torch.manual_seed(0)
+    for form in tasks:
+        model = presets.create("blocksworld-micro-student", form=form, text={"vocab_size": 80})
+        model.save_pretrained(root / f"{form}-student")
+    return root
+
+
+def whole_run(root: str, task: str, breaks: bool) -> tuple[int, str | None]:
+    """The exit code of a whole stage, or its error, on this rank."""
+    job = Path(root) / f"job-{task}"
+    job.mkdir(exist_ok=True)
+    os.environ[report.FOLDER] = str(job)
+    config = recipe(
+        Path(root),
+        f"blocksworld-{task}-trim",
+        task,
+        1,
+        "teacher.path=null",
+        f"data.val={root}/data/{task}/val",
+        "data.block=4",
+        "eval.batch=4",
+        "optim.steps=2",
+        "trim.warmup=0.0",
+        "trim.ramp=0.5",
+    )
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no space left")
+
+    if breaks:
+        stage_module.finish_trimming = broken  # in a process of its own
+    try:
+        return stage_module.walk(config, "none"), None
+    except RuntimeError as error:
+        return 1, str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("task", ["vqa", "retrieval"])
+def test_a_run_ends_with_what_its_trimmers_keep(trimmable: Path, task: str) -> None:
+    assert fork_ranks(whole_run, 2, str(trimmable), task, False) == [(0, None)] * 2
+    out = trimmable / f"blocksworld-{task}-trim-1"
+    told = json.loads((out / "trim.json").read_text())
+    trimming = from_pretrained(out / "model").config.trimming
+    assert trimming is not None and trimming.mode == "gather"
+    assert told["keep"]["vision"] == list(trimming.vision_keep or ())
+    # All held-out pictures, not one rank's: those of the last batch that is full.
+    data = json.loads((trimmable / "data" / task / "val" / "manifest.json").read_text())
+    assert told["full"].get("images", data["samples"]) == data["samples"]
+    outcomes = {path.name: path.read_text() for path in (trimmable / f"job-{task}").glob("out*")}
+    assert outcomes == {"outcome_0000": "0"}
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_a_run_that_fails_at_its_very_end_does_not_report_success(trimmable: Path) -> None:
+    job = trimmable / "job-vqa"
+    for path in job.glob("*"):
+        path.unlink()
+    first, second = fork_ranks(whole_run, 2, str(trimmable), "vqa", True)
+    assert first == (1, "no space left") and second == (0, None)
+    assert json.loads((job / "failure.json").read_text())["rank"] == 0
+    assert not list(job.glob("outcome*"))

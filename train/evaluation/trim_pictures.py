@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.config import PAIRED, ModelConfig
 from models.outputs import TrimSite
+from train.losses.gather import by_itself
 from train.monitor.pictures import framed, kept_patches
 from train.tasks.base import StepContext
 from train.tasks.scored import Scored
@@ -50,10 +51,8 @@ def trim_pictures(
     model.eval()
     model.set_trimming("mask")
     try:
-        with torch.inference_mode():
-            context = StepContext(
-                step, dist.rank, dist.world_size, torch.Generator().manual_seed(0)
-            )
+        with torch.inference_mode(), by_itself():
+            context = StepContext(step, 0, 1, torch.Generator().manual_seed(0))
             done = task.base.score(model, batch, context, task.base.shares(batch, context))
             pictures, texts = drawn(model, done, batch, tokenizer, count)
             values = _distributions(model, done, batch)

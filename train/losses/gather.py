@@ -6,7 +6,8 @@ sampled to a fixed number beforehand), otherwise the collective does not match a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ __all__ = [
     "RowExchange",
     "all_gather_no_grad",
     "all_gather_with_grad",
+    "by_itself",
     "mean_counts",
     "own_rows",
     "rank_and_world",
@@ -24,9 +26,27 @@ __all__ = [
 ]
 
 
+class _Alone:
+    """Whether `by_itself` stands."""
+
+    stands = False
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """While it lasts this rank is the only one for everything here, and nothing is collective: for
+    held-out batches, which may have other numbers of rows on each rank.
+    """
+    before, _Alone.stands = _Alone.stands, True
+    try:
+        yield
+    finally:
+        _Alone.stands = before
+
+
 def rank_and_world() -> tuple[int, int]:
-    """(rank, world size) of the default process group; (0, 1) when there is none."""
-    if not (dist.is_available() and dist.is_initialized()):
+    """(rank, world size) of the default process group; (0, 1) when there is none, or `by_itself`."""
+    if _Alone.stands or not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 

@@ -16,6 +16,7 @@ from train.build import Run, build, make_loader
 from train.config import RunConfig, per_rank
 from train.provenance import provenance
 from train.recipes_io import dump_run_yaml
+from train.runtime import report
 from train.runtime.distributed import finish, start
 from train.runtime.loop import save_model, train
 from train.runtime.signals import EXIT_STOPPED, Stopped, alone
@@ -43,7 +44,7 @@ def walk(config: RunConfig, resume: str, rebase: bool = False) -> int:
     """
     with alone("before all ranks had come"):
         dist = start(config.engine.collective_timeout)
-    failed, code = True, None
+    failed, code, held_out = True, None, False
     try:
         config = per_rank(config, dist.world_size)
         directory = Path(config.out)
@@ -61,19 +62,36 @@ def walk(config: RunConfig, resume: str, rebase: bool = False) -> int:
                 slim_model(run)
         if code == 0 and dist.rank == 0:
             keep_answers(run)
-            if isinstance(run.task, TrimTask):
-                calibrate(run, run.task)
         run.monitor.close()
-        failed = False
-        return code
+        failed, held_out = False, code == 0 and isinstance(run.task, TrimTask)
+        if not held_out:
+            return code
     except Stopped as stopped:
         failed, code = False, EXIT_STOPPED
         if dist.is_main:
             print(f"espalier: {stopped}: nothing to save yet", file=sys.stderr, flush=True)
         return code
     finally:
-        # After a failure the other ranks may be anywhere: no barrier then.
-        finish(failed, code)
+        # After a failure the other ranks may be anywhere: no barrier then. Where there is more to do
+        # the launcher is told when that is done.
+        finish(failed, None if held_out else code)
+    if dist.rank == 0:
+        _calibrate_alone(run)
+    return 0
+
+
+def _calibrate_alone(run: Run) -> None:
+    """`calibrate` on the first rank when all have left the group: losses with counts and negatives of
+    all ranks would wait for the others, and the others only as long as a collective may take.
+    """
+    assert isinstance(run.task, TrimTask)
+    report.at("what the trimmers keep on held-out inputs")
+    try:
+        calibrate(run, run.task)
+    except BaseException as error:
+        report.failed(error)
+        raise
+    report.ended(0)
 
 
 def calibrate(run: Run, task: TrimTask) -> None:
@@ -105,7 +123,7 @@ def slim_model(run: Run) -> None:
     slim = prune(dense, {name: z.cpu() for name, z in run.gates.structure().items()})
     dense.save_pretrained(dense_folder, tokenizer=run.tokenizer)
     slim.save_pretrained(model_folder, tokenizer=run.tokenizer)
-    report = sparsity_report(dense, slim, run.gates.prune.modalities)
-    report["budget"] = run.gates.budget.report(run.gates.hard_gates())
-    (run.directory / "sparsity.json").write_text(json.dumps(report, indent=2) + "\n")
-    _LOG.info("slim model written to %s: %s", model_folder, report)
+    told = sparsity_report(dense, slim, run.gates.prune.modalities)
+    told["budget"] = run.gates.budget.report(run.gates.hard_gates())
+    (run.directory / "sparsity.json").write_text(json.dumps(told, indent=2) + "\n")
+    _LOG.info("slim model written to %s: %s", model_folder, told)
