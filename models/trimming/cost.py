@@ -110,9 +110,11 @@ def expected_macs(
     for output in (text, fused):
         if output is None:
             continue
+        # A pass over texts that came trimmed is compared with one over the whole texts.
+        begun = output if text is None or not _record(text).sites else text
         for part, macs in _stack(config, _record(output)).items():
             parts[part] = parts[part] + macs if part in parts else macs
-            whole = text_macs(config, _first_tokens(output), config.vision.output_tokens)  # type: ignore[arg-type]
+            whole = text_macs(config, _first_tokens(begun), config.vision.output_tokens)  # type: ignore[arg-type]
             dense[part] = _as_rows(whole[part == "fusion"], macs.detach()).mean()
     if answer_tokens is not None and fused is not None:
         left = _left(fused)

@@ -170,6 +170,7 @@ def whole_run(root: str, task: str, breaks: bool) -> tuple[int, str | None]:
         "optim.steps=2",
         "trim.warmup=0.0",
         "trim.ramp=0.5",
+        "trim.text=[0]",
     )
 
     def broken(*_: Any) -> None:

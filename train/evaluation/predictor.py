@@ -144,9 +144,9 @@ class Predictor:
         with torch.inference_mode():
             ids, mask = self._text(text)
             _, ((states, seen),) = self._states(ids, mask, image)
-            words = model.encode_text(ids, mask).last
-            similarity = (model.image_feature(states) * model.text_feature(words)).sum()
-            logits = model.match_logits(model.fuse(words, mask, states, seen).last)
+            words = model.encode_text(ids, mask)
+            similarity = (model.image_feature(states) * model.text_feature(words.last)).sum()
+            logits = model.match_logits(model.fuse(words.last, words.mask, states, seen).last)
         return Match(float(similarity), float(logits.float().softmax(-1)[0, 1]))
 
     def truth(self, first: Picture, second: Picture, statement: str) -> Truth:

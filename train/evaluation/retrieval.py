@@ -12,16 +12,18 @@ E features, L tokens, P image tokens, D width, k candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
     from data_pipeline.task_batches import RetrievalBatch
+    from models.outputs import EncoderOutput
     from models.xvlm import XVLM
 
 __all__ = ["RankedSplit", "evaluate_retrieval", "hits", "rank_split", "recalls"]
@@ -144,7 +146,7 @@ class _Matcher:
         self.scores = torch.full(self.pairs.shape, -torch.inf, device=device)
 
     def run(self, model: XVLM, batches: Batches) -> None:
-        states = self._text_states(model)
+        texts = self._texts(model)
         begins = torch.arange(self.split.own + 1, device=self.pairs.device) + self.split.first
         places = torch.searchsorted(self.pairs, begins * self.total).tolist()
         number = 0
@@ -152,28 +154,34 @@ class _Matcher:
             images = model.encode_image(batch.images)
             for row in batch.image_valid.nonzero().flatten():
                 span = slice(places[number], places[number + 1])
-                self.scores[span] = self._match(model, images.context(row[None]), states, span)
+                self.scores[span] = self._match(model, images.context(row[None]), texts, span)
                 number += 1
 
-    def _text_states(self, model: XVLM) -> Tensor:
-        """(T, L, D), L the longest text: texts are needed with hundreds of images each."""
+    def _texts(self, model: XVLM) -> tuple[Tensor, Tensor]:
+        """States (T, L, D) and masks (T, L) of what is left of each text, L of the longest: texts are
+        needed with hundreds of images each.
+        """
         ids, masks = self.split.ids, self.split.masks
         longest = int(masks.sum(1).max())
         parts = [
-            model.encode_text(ids[at : at + _ROWS, :longest], masks[at : at + _ROWS, :longest]).last
+            model.encode_text(ids[at : at + _ROWS, :longest], masks[at : at + _ROWS, :longest])
             for at in range(0, self.total, _ROWS)
         ]
-        return torch.cat(parts)
+        return _one_length(parts)
 
     def _match(
-        self, model: XVLM, image: tuple[Tensor, Tensor | None], states: Tensor, span: slice
+        self,
+        model: XVLM,
+        image: tuple[Tensor, Tensor | None],
+        texts: tuple[Tensor, Tensor],
+        span: slice,
     ) -> Tensor:
-        texts = self.pairs[span] % self.total
+        states, masks = texts
+        wanted = self.pairs[span] % self.total
         scores = []
-        for at in range(0, len(texts), _ROWS):
-            rows = texts[at : at + _ROWS]
-            mask = self.split.masks[rows, : states.shape[1]]
-            fused = model.fuse(states[rows], mask, *image)  # one image for all rows
+        for at in range(0, len(wanted), _ROWS):
+            rows = wanted[at : at + _ROWS]
+            fused = model.fuse(states[rows], masks[rows], *image)  # one image for all rows
             scores.append(model.match_logits(fused.last)[:, 1].float())
         return torch.cat(scores) if scores else self.scores[span]
 
@@ -184,6 +192,20 @@ class _Matcher:
             return torch.full(wanted.shape, -torch.inf, device=wanted.device)
         place = torch.searchsorted(self.pairs, wanted).clamp(max=len(self.pairs) - 1)
         return torch.where(self.pairs[place] == wanted, self.scores[place], -torch.inf)
+
+
+def _one_length(parts: Sequence[EncoderOutput]) -> tuple[Tensor, Tensor]:
+    """States (T, L, D) and masks (T, L) of all rows; trimmers leave batches of unequal lengths."""
+    longest = max(part.last.shape[1] for part in parts)
+    states, masks = [], []
+    for part in parts:
+        mask = part.mask
+        if mask is None:
+            mask = torch.ones(part.last.shape[:2], dtype=torch.bool, device=part.last.device)
+        more = longest - part.last.shape[1]
+        states.append(F.pad(part.last, (0, 0, 0, more)))
+        masks.append(F.pad(mask.float(), (0, more)) > 0)
+    return torch.cat(states), torch.cat(masks)
 
 
 def evaluate_retrieval(

@@ -122,17 +122,18 @@ def _found(model: XVLM, batch: RetrievalBatch, count: int) -> Made:
     kept = batch.image_valid.nonzero()[:, 0]
     image = model.encode_image(batch.images)
     states, seen = image.context(kept)
-    words = model.encode_text(batch.text_ids, batch.text_mask).last
+    words = model.encode_text(batch.text_ids, batch.text_mask)
     rows = _rows(batch, count)
     if not rows:
         return [], []
-    near = model.text_feature(words[rows]) @ model.image_feature(states).T
+    near = model.text_feature(words.last[rows]) @ model.image_feature(states).T
     places = near.topk(min(SHOWN, len(kept)), dim=1).indices  # (rows, k)
     shown = places.shape[1]
     again = torch.tensor(rows, device=kept.device).repeat_interleave(shown)
     shown_masks = None if seen is None else seen[places.flatten()]
     pairs = states[places.flatten()], shown_masks
-    fused = model.fuse(words[again], batch.text_mask[again], *pairs).last
+    asked = words.last[again], None if words.mask is None else words.mask[again]
+    fused = model.fuse(*asked, *pairs).last
     scores = model.match_logits(fused)[:, 1].view(-1, shown)
     order = places.gather(1, scores.argsort(dim=1, descending=True))
     pictures, texts = [], []

@@ -39,7 +39,7 @@ class Partners:
 def match(
     model: XVLM,
     text: Tensor,
-    text_mask: Tensor,
+    text_mask: Tensor | None,
     image: Tensor,
     partners: Partners,
     image_mask: Tensor | None = None,
@@ -49,14 +49,17 @@ def match(
     another text; and their matching logits (3B, 2).
 
     Args:
-        text, text_mask: (B, L, D), (B, L).   image, image_mask: (B, P, D), (B, P) or None.
+        text, text_mask: (B, L, D), (B, L) or None.   image, image_mask: (B, P, D), (B, P) or None.
+            Masks are those of the passes (`EncoderOutput.mask`), so what trimmers dropped stays so.
     """
     images, texts = partners.images, partners.texts
     if image_mask is not None:
         image_mask = torch.cat([image_mask, images.take(image_mask), image_mask])
+    if text_mask is not None:
+        text_mask = torch.cat([text_mask, text_mask, texts.take(text_mask)])
     fused = model.fuse(
         torch.cat([text, text, texts.take(text)]),
-        torch.cat([text_mask, text_mask, texts.take(text_mask)]),
+        text_mask,
         torch.cat([image, images.take(image), image]),
         image_mask,
         capture or Capture(),

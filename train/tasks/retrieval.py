@@ -87,14 +87,12 @@ class RetrievalTask(Distils):
         text = model.encode_text(batch.text_ids, batch.text_mask, capture(pairs[1], side, kd))
         return _Pass(image, *image.context(batch.image_index), text)
 
-    def _match(
-        self, model: XVLM, done: _Pass, batch: RetrievalBatch, partners: Partners, side: str
-    ) -> None:
+    def _match(self, model: XVLM, done: _Pass, partners: Partners, side: str) -> None:
         wanted = capture(None if self.plan is None else self.plan.fusion, side, self.kd, 0)
         done.fused, done.logits = match(
             model,
             done.text.last,
-            batch.text_mask,
+            done.text.mask,
             done.image_states,
             partners,
             done.image_mask,
@@ -113,7 +111,7 @@ class RetrievalTask(Distils):
         done = self._encode(model, batch, "none")
         itc, similarity = self._contrast(model, done, batch)
         partners = self._partners(similarity, batch, context) if like is None else like.extra
-        self._match(model, done, batch, partners, "none")
+        self._match(model, done, partners, "none")
         assert done.logits is not None and done.fused is not None
         labels = vl.matching_labels(batch.rows, done.logits.device)
         return Scored(
@@ -161,7 +159,7 @@ class RetrievalTask(Distils):
         itc, similarity = self._contrast(student, done, batch)
         partners = self._partners(similarity, batch, context)
         partners.share_with(teacher)
-        self._match(student, done, batch, partners, "student")
+        self._match(student, done, partners, "student")
         assert done.logits is not None
         labels = vl.matching_labels(batch.rows, done.logits.device)
         terms = {"itc": itc, "itm": vl.matching_loss(done.logits, labels)}
@@ -189,7 +187,7 @@ class RetrievalTask(Distils):
         assert plan is not None and done.fused is not None and done.logits is not None
         with teacher.running() as model:
             target = self._encode(model, batch, "teacher")
-            self._match(model, target, batch, partners, "teacher")
+            self._match(model, target, partners, "teacher")
             theirs = None
             if kd.contrastive:  # it costs a gather
                 image = model.image_feature(target.image_states)

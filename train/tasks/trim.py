@@ -169,16 +169,19 @@ def _token_shares(done: Scored) -> dict[str, Tensor]:
     records = _records(done)
     # An image that comes trimmed to the fusion layers is compared with the whole image.
     seen = next(iter(records["vision"].sites.values()), None) if "vision" in records else None
+    left: Tensor | float = 1.0  # of texts that come trimmed to a fusion pass, which has other rows
     for name, record in records.items():
         for kind, sites, whole in (
             (name, record.sites, None),
             ("image", record.context_sites, seen),
         ):
+            begun = left if kind == "fusion" else 1.0
             for layer, site in sites.items():
                 whole = site if whole is None else whole
                 could = whole.movable.float().sum(1).mean()
                 kept = (site.kept * site.movable).sum(1).mean()
-                values[f"{kind}.{layer}"] = kept / could.clamp_min(1.0)
+                values[f"{kind}.{layer}"] = begun * kept / could.clamp_min(1.0)
+                left = values[f"{kind}.{layer}"] if kind == "text" else left
     return values
 
 
