@@ -23,7 +23,14 @@ from models.trimming import default_trimming, with_trimming
 from models.xvlm import XVLM
 from train.config import RunConfig
 
-__all__ = ["ORIGIN", "FirstWeights", "build_student", "is_model_folder", "model_config"]
+__all__ = [
+    "ORIGIN",
+    "FirstWeights",
+    "build_student",
+    "is_model_folder",
+    "model_config",
+    "rest_trimmers",
+]
 
 _LOG = logging.getLogger(__name__)
 ORIGIN = "origin.json"
@@ -131,19 +138,47 @@ def _dense_config(config: RunConfig, vocab_size: int | None) -> ModelConfig:
 
 
 def build_student(config: RunConfig, vocab_size: int, teacher: XVLM | None) -> FirstWeights:
-    """The model to train, with its first weights.
+    """The model to train, with its first weights. Trimmers that it has rest where the run does not
+    train any (`rest_trimmers`).
 
     Raises:
         ValueError: `initialise.source` is "teacher" and there is none, or shapes do not fit.
     """
     trimming = model_config(config, vocab_size).trimming
     first = _dense_student(config, vocab_size, teacher)
-    if config.trim is None or first.model.config.trimming is not None:
+    if first.model.config.trimming is not None:
+        return first if config.trim is not None else _resting(first)
+    if config.trim is None:
         return first
     torch.manual_seed(config.seed)  # the same trimmers on every rank and in every run
     model = with_trimming(first.model, trimming)
     names = {name for name, _ in model.named_parameters() if ".trimmers." in name}
     return replace(first, model=model, fresh=first.fresh | names)
+
+
+def rest_trimmers(model: XVLM) -> set[str]:
+    """Turns a model's trimmers off and freezes them: it trains and is validated as the full model.
+
+    Its configuration stays, so a saved copy has the mode and the counts that it came with.
+
+    Returns:
+        The names of their parameters; none where a model has no trimmers.
+    """
+    if model.config.trimming is None:
+        return set()
+    model.set_trimming("off")
+    names = set()
+    for name, parameter in model.named_parameters():
+        if ".trimmers." in name:
+            parameter.requires_grad_(False)
+            names.add(name)
+    return names
+
+
+def _resting(first: FirstWeights) -> FirstWeights:
+    names = rest_trimmers(first.model)
+    _LOG.warning("trimmers of the model are off and frozen in this run; model/ has them again")
+    return replace(first, fresh=first.fresh - names)
 
 
 def _dense_student(config: RunConfig, vocab_size: int, teacher: XVLM | None) -> FirstWeights:

@@ -1,5 +1,6 @@
 """`espalier trim` for every task on 24 scenes, by the shipped recipes: three steps, then the trimmed
-model is loaded, evaluated and asked; and a run that goes on in the middle of the curriculum.
+model is loaded, evaluated and asked; a run that goes on in the middle of the curriculum; and what
+comes before and after trimming.
 """
 
 from __future__ import annotations
@@ -154,6 +155,42 @@ def test_a_pruned_student_is_trimmed(world: Path, tmp_path: Path) -> None:
     outputs = [fused(model, mode, images, ids) for mode in ("mask", "gather", "packed")]
     for found in outputs[1:]:
         torch.testing.assert_close(found, outputs[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_trimmed_model_is_finetuned_and_pruned_with_its_trimmers_at_rest(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trim(world, "vqa", tmp_path / "trimmed")
+    before = from_pretrained(tmp_path / "trimmed" / "model")
+    data = world / "data" / "vqa"
+    common = [
+        f"model={tmp_path / 'trimmed' / 'model'}", f"data.train={data / 'train'}",
+        "data.val=null", "teacher.path=null", "data.batch=4", "data.block=4", "optim.steps=2",
+        "optim.warmup_steps=0", "log.every=1", "checkpoint.every=0",
+    ]  # fmt: skip
+    for stage, recipe, more in (
+        ("finetune", "blocksworld-finetune-student", ["initialise.task_vector=null"]),
+        (
+            "prune",
+            "blocksworld-prune",
+            ["prune.sparsity=0.4", "prune.freeze_step=2", "prune.ramp_steps=1"],
+        ),
+    ):
+        out = tmp_path / stage
+        argv = [stage, recipe, f"out={out}", *common, *more]
+        assert main([*argv, "--dry-run"]) == 0
+        caplog.clear()
+        assert main(argv) == 0
+        assert "trimmers of the model are off and frozen" in caplog.text
+        model = from_pretrained(out / "model")
+        assert model.config.trimming == before.config.trimming
+        assert model.vision.trimmers is not None and model.vision.trimmers.mode == "gather"
+        expected, changed = before.state_dict(), False
+        for name, value in model.state_dict().items():
+            same = value.shape == expected[name].shape and torch.equal(value, expected[name])
+            assert same or ".trimmers." not in name, name
+            changed |= not same
+        assert changed
 
 
 @torch.inference_mode()

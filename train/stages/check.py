@@ -62,6 +62,11 @@ def check_stage(config: RunConfig) -> None:
             "teacher.path: stage trim learns from its own full pass (trim.distil_weight); leave "
             "teacher.path out"
         )
+    if config.trim is not None and config.trim.guided and config.task == "retrieval":
+        raise ValueError(
+            "trim.guided: in retrieval a picture is encoded once for many texts, none of which could "
+            "guide it; leave trim.guided out"
+        )
     if config.stage == "distill" and config.teacher.path is None:
         raise ValueError("teacher.path: stage distill needs a teacher model folder")
     if config.prune is not None:

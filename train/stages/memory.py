@@ -27,6 +27,7 @@ from train.config import RunConfig
 from train.losses.attention import planned_on_gpu
 from train.runtime.engine import engine_settings
 from train.stages.full_batches import downstream_batch
+from train.student import rest_trimmers
 from train.tasks.base import StepContext, Task
 
 __all__ = ["LiveBytes", "StepMemory", "stage_memory", "step_batch", "step_memory"]
@@ -152,6 +153,8 @@ def _run(
     with FakeTensorMode(), device:
         model = _model(student, "fp16" if config.engine.precision == "fp16" else "fp32")
         model.set_activation_checkpointing(config.engine.activation_checkpointing)
+        if config.trim is None:
+            rest_trimmers(model)
         frozen = None
         if teacher is not None:
             name = config.teacher.dtype
@@ -186,7 +189,8 @@ def _watched(config: RunConfig, model: XVLM, task: Task, teacher: Any, batch: Ba
         live.restart()
 
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(note)
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(note)
     half = config.engine.precision == "bf16"
     autocast = torch.autocast("cpu", dtype=torch.bfloat16) if half else nullcontext()
     generator = torch.Generator().manual_seed(0)
