@@ -257,7 +257,9 @@ def build(config: RunConfig, dist: Distributed) -> Run:
     engine = build_engine(
         config,
         EngineModule(student, task, teacher),
-        parameter_groups(student, set(first.fresh), config.optim, task.trainable_modules()),
+        parameter_groups(
+            student, set(first.fresh | first.trimmers), config.optim, task.trainable_modules()
+        ),
     )
     leave_if_stopped("while the engine was built")
     loader = partial(make_loader, config, model=student.config, tokenizer=tokenizer, dist=dist)

@@ -19,9 +19,11 @@ from models.initialise import (
     student_from_teacher,
     task_form,
 )
+from models.trim_config import TrimmingConfig
 from models.trimming import default_trimming, with_trimming
 from models.xvlm import XVLM
 from train.config import RunConfig
+from train.trim_config import TrimConfig
 
 __all__ = [
     "ORIGIN",
@@ -34,6 +36,10 @@ __all__ = [
 
 _LOG = logging.getLogger(__name__)
 ORIGIN = "origin.json"
+# Keys of `trim` that say which trimmers there are; the others say how they learn.
+_OF_THE_MODEL = (
+    "vision", "fusion", "text", "guided", "heads", "bottleneck", "projection", "init_logit",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class FirstWeights:
             optim.new_lr_multiplier.   source: what the others came from.   maps: source layer of
             each layer, by stack.   unused: keys of the source that nothing was taken from.
         resized: keys that were resampled.
+        trimmers: parameters of trimmers that came with the model, of a run that goes on with them:
+            they get optim.new_lr_multiplier, too.
     """
 
     model: XVLM
@@ -53,6 +61,7 @@ class FirstWeights:
     maps: dict[str, list[int]] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
+    trimmers: frozenset[str] = frozenset()
 
     @classmethod
     def reported(cls, model: XVLM, source: str, report: InitialiseReport) -> FirstWeights:
@@ -97,24 +106,68 @@ def model_config(config: RunConfig, vocab_size: int | None) -> ModelConfig:
     """The student's configuration: a preset, a folder's config.json, or inline values.
 
     Raises:
-        ValueError: image_size beside inline values, or one that the patches do not divide.
+        ValueError: image_size beside inline values, or one that the patches do not divide; keys of
+            `trim` that ask for other trimmers than the model has.
         FileNotFoundError: `model` is a path, and no model folder is there.
     """
     return _with_sites(config, _dense_config(config, vocab_size))
 
 
 def _with_sites(config: RunConfig, known: ModelConfig) -> ModelConfig:
-    """With the trimmers that the run asks for; a model that has trimmers keeps them."""
+    """With the trimmers that the run asks for; a model that has trimmers keeps them.
+
+    Raises:
+        ValueError: it has others than the run asks for, or no heads to choose among.
+    """
     trim = config.trim
-    if trim is None or known.trimming is not None:
+    if trim is None:
         return known
+    if known.trimming is None:
+        known = replace(known, trimming=_asked_trimming(trim, known))
+    else:
+        _check_same(trim, known.trimming)
+    if trim.head_budget < 1 and not _chooses_heads(known):
+        raise ValueError(
+            f"trim.head_budget: {known.name} has no head trimmers, so there is no share of heads to "
+            "ask for (layers of one head have none); leave it out, or name encoders in trim.heads "
+            "whose layers have several"
+        )
+    return known
+
+
+def _asked_trimming(trim: TrimConfig, known: ModelConfig) -> TrimmingConfig:
     asked = {"vision": trim.vision, "fusion": trim.fusion, "text": trim.text}
     changes: dict[str, Any] = {name: sites for name, sites in asked.items() if sites is not None}
     if trim.guided is not None or trim.vision == ():
         changes["guided"] = bool(trim.guided)
     changes |= {"heads": trim.heads, "bottleneck": trim.bottleneck, "projection": trim.projection}
     changes["init_logit"] = trim.init_logit
-    return replace(known, trimming=default_trimming(known, **changes))
+    return default_trimming(known, **changes)
+
+
+def _check_same(trim: TrimConfig, found: TrimmingConfig) -> None:
+    """Raises ValueError where a key that was set (is not its default) is not as the model has it."""
+    default = TrimConfig()
+    for key in _OF_THE_MODEL:
+        asked, has = getattr(trim, key), getattr(found, key)
+        same = set(asked) == set(has) if key == "heads" else asked == has
+        if asked != getattr(default, key) and not same:
+            raise ValueError(
+                f"trim.{key}: {asked} was asked for, and the model has trimmers already, with {has}; "
+                f"leave trim.{key} out to go on with those, or start from the model without trimmers"
+            )
+
+
+def _chooses_heads(config: ModelConfig) -> bool:
+    """Whether a layer has a head trimmer: see `models.trim_pass`."""
+    text, first = config.text, config.text.text_layers
+    heads = {
+        "vision": config.vision.heads,
+        "text": text.heads[:first],
+        "fusion": (*text.heads[first:], *text.cross_heads),
+    }
+    encoders = () if config.trimming is None else config.trimming.heads
+    return any(count > 1 for encoder in encoders for count in heads[encoder])
 
 
 def _dense_config(config: RunConfig, vocab_size: int | None) -> ModelConfig:
@@ -142,18 +195,27 @@ def build_student(config: RunConfig, vocab_size: int, teacher: XVLM | None) -> F
     train any (`rest_trimmers`).
 
     Raises:
-        ValueError: `initialise.source` is "teacher" and there is none, or shapes do not fit.
+        ValueError: `initialise.source` is "teacher" and there is none, shapes do not fit, or the model
+            has other trimmers than `trim` asks for.
     """
     trimming = model_config(config, vocab_size).trimming
     first = _dense_student(config, vocab_size, teacher)
     if first.model.config.trimming is not None:
-        return first if config.trim is not None else _resting(first)
+        _with_sites(config, first.model.config)  # initialise.source may decide what the model is
+        return _going_on(first) if config.trim is not None else _resting(first)
     if config.trim is None:
         return first
     torch.manual_seed(config.seed)  # the same trimmers on every rank and in every run
     model = with_trimming(first.model, trimming)
-    names = {name for name, _ in model.named_parameters() if ".trimmers." in name}
-    return replace(first, model=model, fresh=first.fresh | names)
+    return replace(first, model=model, fresh=first.fresh | _trimmer_names(model))
+
+
+def _trimmer_names(model: XVLM) -> set[str]:
+    return {name for name, _ in model.named_parameters() if ".trimmers." in name}
+
+
+def _going_on(first: FirstWeights) -> FirstWeights:
+    return replace(first, trimmers=frozenset(_trimmer_names(first.model)))
 
 
 def rest_trimmers(model: XVLM) -> set[str]:
@@ -167,11 +229,9 @@ def rest_trimmers(model: XVLM) -> set[str]:
     if model.config.trimming is None:
         return set()
     model.set_trimming("off")
-    names = set()
-    for name, parameter in model.named_parameters():
-        if ".trimmers." in name:
-            parameter.requires_grad_(False)
-            names.add(name)
+    names = _trimmer_names(model)
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
     return names
 
 

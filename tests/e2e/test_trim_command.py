@@ -191,6 +191,12 @@ def test_a_trimmed_model_is_finetuned_and_pruned_with_its_trimmers_at_rest(
             assert same or ".trimmers." not in name, name
             changed |= not same
         assert changed
+    trim(
+        world, "vqa", tmp_path / "again", f"model={tmp_path / 'prune' / 'model'}", "trim.budget=0.3"
+    )
+    assert not json.loads((tmp_path / "again" / "origin.json").read_text())["fresh"]
+    rates = records(tmp_path / "again")[-1]["lr_groups"]
+    assert rates["decay_new"] == pytest.approx(33 * rates["decay"])
 
 
 @torch.inference_mode()

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from models import presets
 from models.checkpoints.build import RECORD
+from models.trimming import default_trimming, with_trimming
 from models.xvlm import XVLM
 from train.config import InitialiseConfig, OptimConfig, RunConfig, TeacherConfig
 from train.data_config import DataConfig
 from train.runtime.engine import parameter_groups
 from train.student import build_student, model_config
+from train.trim_config import TrimConfig
 
 VOCABULARY = 60
 
@@ -94,3 +97,78 @@ def test_a_teacher_is_needed_where_weights_come_from_it(tmp_path):
 def test_a_folder_that_is_not_made_yet_is_no_unknown_preset(tmp_path):
     with pytest.raises(FileNotFoundError, match="^model: no/thing/config.json: not there"):
         model_config(config(tmp_path, model="no/thing"), None)
+
+
+# --- models that have trimmers ---------------------------------------------------------------------
+
+
+def trimmed(folder: Path, **changes: Any) -> Path:
+    """A VQA teacher in mode "gather", whose vision blocks have two heads."""
+    torch.manual_seed(0)
+    vision, text = {"heads": (2,) * 4, "head_dim": 16}, {"vocab_size": VOCABULARY}
+    plain = presets.config("blocksworld-micro-teacher", form="vqa", vision=vision, text=text)
+    trimming = default_trimming(plain, vision=(1, 2), bottleneck=8, mode="gather", **changes)
+    with_trimming(XVLM(plain), trimming).save_pretrained(folder)
+    return folder
+
+
+def trim_run(out: Path, model: str, **trim: Any) -> RunConfig:
+    return config(out, stage="trim", task="vqa", model=model, trim=TrimConfig(**trim))
+
+
+def test_a_run_without_trim_leaves_trimmers_at_rest(tmp_path, caplog):
+    folder = trimmed(tmp_path / "model")
+    wanted = config(tmp_path, stage="finetune", task="vqa", model=str(folder))
+    first = build_student(wanted, VOCABULARY, None)
+    model = first.model.train()
+    assert "off and frozen" in caplog.text and not first.trimmers and not first.fresh
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".trimmers." not in name), name
+    ids = torch.tensor([[1, 5, 6, 2]])
+    model.encode_image(torch.zeros(1, 3, 48, 48, dtype=torch.uint8))  # guided, were they on
+    assert model.encode_text(ids, None).trimming is None
+    model.save_pretrained(tmp_path / "again")
+    assert XVLM.from_pretrained(tmp_path / "again").config == XVLM.from_pretrained(folder).config
+
+
+def test_trimmers_that_are_there_go_on_at_the_rate_of_new_ones(tmp_path):
+    folder = trimmed(tmp_path / "model")
+    first = build_student(trim_run(tmp_path, str(folder), vision=(1, 2)), VOCABULARY, None)
+    names = {name for name, _ in first.model.named_parameters() if ".trimmers." in name}
+    assert first.trimmers == names and not first.fresh  # they came from somewhere
+    assert all(p.requires_grad for p in first.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vision", (1, 2, 3)),
+        ("vision", ()),
+        ("fusion", ()),
+        ("text", (1,)),
+        ("guided", False),
+        ("heads", ("vision",)),
+        ("init_logit", 3.0),
+        ("bottleneck", 16),
+        ("projection", 16),
+    ],
+)
+def test_other_trimmers_than_the_model_has_are_refused(tmp_path, key, value):
+    folder = trimmed(tmp_path / "model")
+    wanted = trim_run(tmp_path, str(folder), **{key: value})
+    with pytest.raises(ValueError, match=rf"trim\.{key}.*has trimmers already"):
+        model_config(wanted, VOCABULARY)
+    from_source = replace(
+        wanted, model="blocksworld-teacher", initialise=InitialiseConfig(source=str(folder))
+    )
+    with pytest.raises(ValueError, match=rf"trim\.{key}.*has trimmers already"):
+        build_student(from_source, VOCABULARY, None)
+
+
+def test_a_share_of_heads_wants_head_trimmers(tmp_path):
+    asked: Any = {"heads": ("vision",), "cost": "ratio", "head_budget": 0.5}
+    with pytest.raises(ValueError, match=r"trim\.head_budget.*no head trimmers"):
+        model_config(trim_run(tmp_path, "blocksworld-micro-student", **asked), VOCABULARY)
+    folder = trimmed(tmp_path / "model", heads=("vision",))
+    trimming = model_config(trim_run(tmp_path, str(folder), **asked), VOCABULARY).trimming
+    assert trimming is not None and trimming.heads == ("vision",)
