@@ -77,8 +77,8 @@ def device_peak(device: torch.device, precision: str) -> float | None:
 
 @dataclass(frozen=True)
 class StepCost:
-    """FLOPs of one micro-batch on one rank: the student's forward and backward, and the teacher's
-    forward. `region` is None for runs without region steps.
+    """FLOPs of one micro-batch on one rank: the student's forward and backward (stage trim: of both
+    passes), and the teacher's forward. `region` is None for runs without region steps.
     """
 
     general: float
@@ -97,10 +97,17 @@ def step_cost(config: RunConfig, student: ModelConfig, teacher: ModelConfig | No
     """The cost of a run's steps; `config.data` holds the sizes of a rank (`per_rank`).
 
     Backward costs twice the forward. Counted are matrix products of the models (models.summary).
+    Stage trim makes two passes: the trimmed one masks, so it computes everything, and the full one
+    has a backward only where its losses count. Trimmers themselves are small and left out.
     """
+    trim = config.trim
 
     def cost(region: bool) -> float:
-        macs = 3 * _forward(config, student, region, boxes=True)
+        full = _forward(config, student, region, boxes=True)
+        macs = 3 * full
+        if trim is not None:
+            macs = 3 * (full + _guided_vision(config, student))
+            macs += 3 * full if trim.full_weight else full if trim.distil_weight else 0
         if teacher is not None:
             macs += _forward(config, teacher, region, boxes=False)
         return 2.0 * macs
@@ -140,7 +147,24 @@ def _mlp_head(model: ModelConfig, outputs: int) -> int:
 def _region_vision(config: RunConfig, model: ModelConfig) -> int:
     """Layers before the last `region_layers` see pictures, those see rows and pictures."""
     region, vision = config.data.region, model.vision
-    first = max(0, vision.layers - vision.region_layers)
+    above = _blocks_from(model, max(0, vision.layers - vision.region_layers))
+    return region.images * vision_macs(model) + region.rows * above
+
+
+def _blocks_from(model: ModelConfig, first: int) -> int:
+    """MACs of the vision blocks from `first` on, for one picture."""
+    vision = model.vision
     early = replace(vision, heads=vision.heads[:first], ffn=vision.ffn[:first])
-    below, whole = vision_macs(replace(model, vision=early)), vision_macs(model)
-    return region.images * whole + region.rows * (whole - below)
+    return vision_macs(model) - vision_macs(replace(model, vision=early, trimming=None))
+
+
+def _guided_vision(config: RunConfig, model: ModelConfig) -> int:
+    """What a trimmed pass computes more than a full one: from the first guided site on, each text has
+    a copy of its picture.
+    """
+    trimming, data = model.trimming, config.data
+    if trimming is None or not trimming.guided:
+        return 0
+    pictures = 2 if config.task == "nlvr2" else 1
+    more = pictures * data.batch * (data.rows_per_image - 1)
+    return more * _blocks_from(model, trimming.vision[0])

@@ -10,12 +10,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import presets
+from models.config import ModelConfig
 from models.xvlm import XVLM
 from train.build import build_task
 from train.config import RunConfig
 from train.monitor.flops import StepCost, peak_flops, step_cost
 from train.recipes_io import load_run_config
 from train.stages.memory import step_batch
+from train.student import model_config
 from train.tasks.base import StepContext
 
 RECIPES = Path(__file__).parents[3] / "train" / "recipes"
@@ -26,9 +28,9 @@ def small(name: str, *overrides: str) -> RunConfig:
     return load_run_config(RECIPES / f"{name}.yaml", list(sizes))[0]
 
 
-def counted(config: RunConfig, region: bool) -> float:
+def counted(config: RunConfig, region: bool, model: ModelConfig | None = None) -> float:
     """What the products of one forward take, by torch."""
-    student = XVLM(presets.config("blocksworld-student", form=config.task)).train()
+    student = XVLM(model or presets.config("blocksworld-student", form=config.task)).train()
     task = build_task(config, student, None, None)
     context = StepContext(0, 0, 1, torch.Generator().manual_seed(0))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -59,6 +61,36 @@ def test_a_downstream_step_costs_what_torch_counts(task: str) -> None:
     assert step_cost(config, student, None).general == pytest.approx(
         3 * counted(config, False), rel=2e-3
     )
+
+
+@pytest.mark.parametrize("task", ["vqa", "nlvr2", "retrieval", "captioning", "grounding"])
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_trim_step_costs_its_two_passes(task: str, guided: bool) -> None:
+    rows = 2 if task in ("vqa", "grounding") else 1
+    guide = [] if guided and task != "retrieval" else ["trim.guided=false"]
+    config = small(
+        f"blocksworld-{task}-trim", "model=blocksworld-student", f"data.rows_per_image={rows}",
+        "trim.bottleneck=1", "trim.projection=1", *guide,
+    )  # fmt: skip
+    student = model_config(config, None)
+    assert student.trimming is not None and student.trimming.guided == (not guide)
+    # Masks are one more channel of attention's values, and each trimmer has a bottleneck.
+    both = counted(config, False, student)
+    assert step_cost(config, student, None).general == pytest.approx(3 * both, rel=0.03)
+    if guide:
+        plain = replace(config, trim=None, stage="finetune")
+        assert step_cost(config, student, None).general == pytest.approx(
+            2 * step_cost(plain, student, None).general
+        )
+
+
+def test_a_full_pass_that_is_only_imitated_has_no_backward() -> None:
+    found = []
+    for weights in ([], ["full_weight=0"], ["full_weight=0", "distil_weight=0"]):
+        overrides = ["model=blocksworld-student", "trim.guided=false"]
+        config = small("blocksworld-vqa-trim", *overrides, *(f"trim.{w}" for w in weights))
+        found.append(step_cost(config, model_config(config, None), None).general)
+    assert found == pytest.approx([found[2] * 2, found[2] * 4 / 3, found[2]])
 
 
 def test_a_teacher_adds_its_forward_and_predicts_no_boxes() -> None:
