@@ -175,6 +175,7 @@ class EncoderOutput:
             answer decoder read, the pooled first tokens of both (`models.two_stream`).
         per_text: rows are texts, each with its own copy of the image (see `XVLM.encode_image`).
         guide: of an image pass by `models.trimming.see`: the text pass that guided it.
+        read: of such a pass without a guide: for each image that a text reads, (B,) its row here.
     Indices count from the first layer of the pass that ran (a fusion pass starts at 0).
     """
 
@@ -187,6 +188,7 @@ class EncoderOutput:
     per_text: bool = False
     streams: tuple[EncoderOutput, EncoderOutput] | None = None
     guide: EncoderOutput | None = None
+    read: tuple[Tensor, ...] = ()
 
     @property
     def words(self) -> Tensor:

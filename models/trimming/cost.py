@@ -34,6 +34,7 @@ class Costs:
             encoded for each text) of vision, texts of the others. With gradient in training.
         images: images of an example, 2 in forms of NLVR2.
         by_image: the parts whose rows are images, all first ones in front.
+        read: the rows of vision that each text reads, first and second image; empty: as above.
         dense: part -> mean MACs of the same examples in the model without trimmers. Padding counts
             in neither.
     """
@@ -42,6 +43,7 @@ class Costs:
     images: int
     dense: Mapping[str, Tensor | float]
     by_image: tuple[str, ...] = ("vision",)
+    read: tuple[Tensor, ...] = ()
 
     def total(self) -> Tensor:
         """Mean MACs of an example, a scalar with gradient in training."""
@@ -69,7 +71,9 @@ class Costs:
         total: Tensor | None = None
         for part, rows in self.parts.items():
             if part in self.by_image and self.images == 2:
-                rows = rows.unflatten(0, (2, -1)).sum(0)
+                pairs = self.read if part == "vision" else ()
+                sides = [rows[index] for index in pairs] or list(rows.chunk(2))
+                rows = sides[0] + sides[1]
             if total is not None and len(rows) != len(total):
                 raise ValueError(
                     f"costs of {len(rows)} rows of {part} do not add up with {len(total)} others: "
@@ -126,7 +130,8 @@ def expected_macs(
     }
     # Two streams meet each image by itself.
     by_image = ("vision",) if config.image_fusion is None else ("vision", "fusion")
-    return Costs(ordered, _images(config), {part: dense[part] for part in ordered}, by_image)
+    read = () if image is None else image.read
+    return Costs(ordered, _images(config), {part: dense[part] for part in ordered}, by_image, read)
 
 
 def dense_macs(config: ModelConfig, text_tokens: int, answer_tokens: int = 0) -> dict[str, int]:

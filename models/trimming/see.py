@@ -44,6 +44,7 @@ def see(
     capture = Capture() if capture is None else capture
     if not model.guided:
         output = model.encode_image(images, capture)
+        output.read = tuple(indices)
         return output, [output.context(index) for index in indices]
     wanted = Capture() if text_capture is None else text_capture
     text = model.encode_text(ids, mask, wanted.below(model.config.text.text_layers))

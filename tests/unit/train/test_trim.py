@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.batches import Batch
+from data_pipeline.task_batches import Nlvr2Batch
 from models import presets
 from models.trim_config import TrimmingConfig
 from models.trimmers import HeadTrimmer, TokenTrimmer
@@ -405,6 +406,35 @@ def test_calibration_counts_what_stays(task):
         assert 0 < found.macs_share < 1 and whole > 0
     else:
         assert found.shares == []  # images are shared: rows of the parts do not add up
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_both_pictures_of_an_example_are_its_own_cost(guided):
+    """In batches the pictures of a statement are neighbours; a guided pass has all first ones first."""
+    model = decisive(trimmed("nlvr2", guided=guided)).eval()
+    task, batch = task_of("nlvr2", model).base, batch_of("nlvr2", model)
+    assert isinstance(batch, Nlvr2Batch)
+    model.set_trimming("mask")
+
+    def shares(chosen: Any) -> Any:
+        return costs_of(model, task.score(model, chosen, context(), {})).per_example()
+
+    with torch.no_grad():
+        found = shares(batch)
+        for row in range(batch.rows):
+            own = batch.images[[int(batch.image_index[row]), int(batch.second_index[row])]]
+            one = replace(
+                batch,
+                images=own,
+                image_index=torch.tensor([0]),
+                second_index=torch.tensor([1]),
+                text_ids=batch.text_ids[[row]],
+                text_mask=batch.text_mask[[row]],
+                label=batch.label[[row]],
+                valid=batch.valid[[row]],
+            )
+            torch.testing.assert_close(found[row], shares(one)[0], rtol=1e-5, atol=0)
+    assert len(set(found.tolist())) == batch.rows
 
 
 def test_calibration_wants_inputs():
