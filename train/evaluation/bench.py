@@ -161,6 +161,7 @@ def _of_model(
     """The entry of one model in the result of `bench`."""
     from models.summary import parameters
 
+    trimming = model.config.trimming
     return {
         "folder": str(folder.resolve()),
         "latency": {size: row["latency"][name][WHOLE] for size, row in batches.items()},
@@ -169,6 +170,7 @@ def _of_model(
         "macs": macs,
         "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "peak_bytes": {size: row["peak"][name] for size, row in batches.items()},
+        **({} if trimming is None else {"trimming": trimming.mode}),
     }
 
 
@@ -188,18 +190,22 @@ def bench(
 
     Returns:
         {"models": {name: {"folder", "latency": {batch: row}, "parts": {batch: {part: row}},
-        "parameters", "macs", "weights_bytes", "peak_bytes": {batch: bytes}}}, "speedup": {name:
+        "parameters", "macs", "weights_bytes", "peak_bytes": {batch: bytes}, and "trimming", its
+        mode, of a model that trims}}, "speedup": {name:
         {batch: {part: {"median", "q1", "q3"}}}}, "macs_ratio": {name: ratio}, "break_even": {name:
         batch or None}, "out_of_memory": [batch], "form", "device", "threads", ...}. A row is
         {"median", "q1", "q3" in ms, "repeats", "rows_per_s", "seconds"}.
 
     Raises:
-        ValueError, FileNotFoundError: models of different forms, or folders that are none.
+        ValueError, FileNotFoundError: models of different forms, folders that are none, or a trimmed
+            model without counts.
     """
     from models import from_pretrained
 
     work, place = work or Workload(), torch.device(device)
     models = {name: from_pretrained(f, dtype=DTYPES[dtype]) for name, f in folders.items()}
+    for name, model in models.items():
+        _keep_counts(folders[name], model)
     form = _one_form(models, folders)
     options = {"repeats": repeats, "warm_up": warm_up, "parts": parts}
     with threads_of(threads):
@@ -244,6 +250,26 @@ def break_even(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> int | N
     return smallest
 
 
+def _keep_counts(folder: Path, model: XVLM) -> None:
+    """Every site keeps its calibrated count: what trimmers decide about noise says nothing.
+
+    Raises:
+        ValueError: a site has no count.
+    """
+    trimming = model.config.trimming
+    if trimming is None or trimming.mode == "off":
+        return
+    from train.evaluation.trim_bench import modes_of
+
+    if "bucket" not in modes_of(model):
+        raise ValueError(
+            f"{folder}: config.json has no counts for the sites of its trimmers (trimming.vision_keep, "
+            "...), and what they keep of random inputs says nothing; time it on real ones with "
+            "--modes --data FOLDER"
+        )
+    model.set_trimming(trimming.mode, fixed=True)
+
+
 def _one_form(models: Mapping[str, XVLM], folders: Mapping[str, Path]) -> str:
     forms = {name: model.config.form for name, model in models.items()}
     if len(set(forms.values())) != 1:
@@ -269,6 +295,11 @@ def table(result: Mapping[str, Any]) -> str:
             f"{name:{width}}  {model['parameters']['total']:>12,} "
             f"{model['macs']['total'] / 1e9:>9.3f} {model['weights_bytes'] / 1e6:>10.1f}"
         )
+        if model.get("trimming", "off") != "off":
+            lines.append(
+                f"  trims in mode {model['trimming']}: random inputs, so each site keeps its "
+                "calibrated count (--modes --data times real ones)"
+            )
     sizes = list(result["models"][names[0]]["latency"])
     for size in sizes:
         lines += ["", *_batch_table(result, size, width)]

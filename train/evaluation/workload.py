@@ -2,8 +2,9 @@
 
 Parts are those of the model: vision, text, fusion and decoder, with the heads that read them. Where
 two pictures belong to a text, vision is both. A caption's text and fusion layers are its decoder.
-Time does not depend on the values of pictures and tokens, with one exception: captions end when the
-model says so; here all of them have their full length, so that models do the same work.
+Time does not depend on the values of pictures and tokens, with two exceptions. Captions end when the
+model says so; here all of them have their full length, so that models do the same work. Trimmers keep
+what a picture and a text need; on random ones `bench` has each site keep its calibrated count.
 """
 
 from __future__ import annotations

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from models import from_pretrained
 from models.config import ModelConfig
 from models.trim_config import TrimmingConfig
+from models.trimming import without_trimming
 from models.xvlm import XVLM
 from tests.unit.train.test_trim import decisive, trimmed
-from train.evaluation import trim_bench, trim_steps
+from train.evaluation import bench, trim_bench, trim_steps
 from train.evaluation.trim_bench import bench_modes, mode_table, modes_of, verdict
 from train.evaluation.trim_steps import counts_to_time, latency_by_count, on_steps, step_of
 from train.evaluation.workload import WHOLE, Inputs, Workload, calls_of
@@ -102,6 +103,23 @@ def test_the_verdict(modes: dict[str, tuple[float, float]], words: str) -> None:
     assert words in told and "2.00x fewer MACs" in told
     # What is stored is what is said.
     assert (result["best"]["8"] == "off") == ("mode off" in told)
+
+
+def test_a_plain_bench_keeps_counts_and_says_so(tmp_path: Path) -> None:
+    model = counted("vqa", mode="gather")
+    folders = {"trimmed": saved(tmp_path / "trimmed", model)}
+    folders["full"] = saved(tmp_path / "full", without_trimming(model))
+    found = bench.bench(folders, (1,), WORK, repeats=2, warm_up=0)
+    modes = bench_modes(folders["trimmed"], (1,), WORK, repeats=2, warm_up=0)
+    assert found["models"]["trimmed"]["macs"]["total"] == modes["macs"]["1"]["gather"]
+    assert found["models"]["trimmed"]["trimming"] == "gather"
+    assert "trimming" not in found["models"]["full"]
+    assert bench.table(found).count("each site keeps its calibrated count") == 1
+    bare = saved(tmp_path / "bare", trimmed("vqa", mode="gather"))
+    with pytest.raises(ValueError, match=r"bare.*no counts.*--modes --data"):
+        bench.bench({"bare": bare}, (1,), WORK)
+    off = saved(tmp_path / "off", trimmed("vqa", mode="off"))
+    assert "trims in" not in bench.table(bench.bench({"off": off}, (1,), WORK, repeats=2))
 
 
 def test_models_without_modes_or_counts(tmp_path: Path) -> None:
