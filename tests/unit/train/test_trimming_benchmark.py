@@ -284,6 +284,19 @@ def cell(work: Path, kind: str, seed: int, right: float, **marker: Any) -> table
     return made
 
 
+def test_the_docs_describe_the_pictures_that_are_scored():
+    told = " ".join((BENCHMARKS.parent / "docs" / "trimming-benchmarks.md").read_text().split())
+    size = {"image_size": trimming.IMAGE_SIZE}
+    config = presets.config("blocksworld-teacher", form="vqa", vision=size)
+    macs = dense_macs(config, 10, 2)
+    share = round(100 * macs["vision"] / sum(macs.values()))
+    assert (
+        f"shown at {trimming.IMAGE_SIZE} px, so a picture has {config.vision.patches} patches"
+        in told
+    )
+    assert f"{share} % of the teacher's MACs lie in the vision encoder" in told
+
+
 def test_the_file_and_the_page_say_what_the_cells_found(tmp_path):
     row = {"median": 8.0, "q1": 7.0, "q3": 9.0, "speedup": {"median": 1.25}}
     times = {"dense": row, "trimmed, gather": row, "trimmed, packed": row | {"median": 4.0}}
