@@ -28,7 +28,8 @@ TEMPLATE = Path(__file__).with_name("templates") / "slurm.sh"
 
 def srun_command(options: argparse.Namespace, job: list[str]) -> list[str]:
     """One task per rank; a task that dies takes the others with it instead of leaving them waiting."""
-    argv = ["srun", "--kill-on-bad-exit=1", "--export=ALL"]
+    # After `trim` the first rank measures when the others have left; a site may limit that wait.
+    argv = ["srun", "--kill-on-bad-exit=1", "--wait=0", "--export=ALL"]
     if options.processes:
         argv += [f"--ntasks={options.processes}"]
     if options.per_node:

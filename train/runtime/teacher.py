@@ -164,6 +164,8 @@ class Teacher:
         for dtype in dtypes:
             # From the file each time: weights that went through fp16 have lost range.
             model = from_pretrained(Path(config.path))
+            if model.config.trimming is not None:
+                model.set_trimming("off")  # what is imitated has all tokens
             teacher = cls(
                 model,
                 dtype,

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from models import presets
+from models.trimming import default_trimming, with_trimming
+from models.xvlm import XVLM
 from train.config import TeacherConfig, UserError
 from train.runtime import injection
 from train.runtime import teacher as teacher_module
@@ -105,6 +107,20 @@ def test_what_runs_is_the_model_without_gradients_in_its_own_precision(folder: P
     assert states.dtype == torch.float32
     assert not states.requires_grad and not states.is_inference()
     assert not any(p.requires_grad for p in teacher.model.parameters())
+
+
+def test_a_trimmed_teacher_is_imitated_with_all_its_tokens(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vision = {"heads": (2,) * 4, "head_dim": 16}
+    plain = XVLM(presets.config("blocksworld-micro-teacher", vision=vision))
+    trimming = default_trimming(plain.config, vision=(1,), guided=False, mode="gather")
+    with_trimming(plain, trimming).save_pretrained(tmp_path / "trimmed")
+    model = load(tmp_path / "trimmed", dtype="fp32").model
+    images = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
+    with torch.inference_mode():
+        seen = model.encode_image(images)
+        torch.testing.assert_close(seen.last, plain.eval().encode_image(images).last)
+    assert seen.trimming is None
 
 
 def test_no_teacher_path_names_the_key() -> None:
