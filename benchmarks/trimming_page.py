@@ -271,11 +271,12 @@ def _verdict(told: Mapping[str, Any]) -> str:
     lost = -trim["minus_dense"]["mean"]
     rivals = {kind: row for kind, row in half.items() if kind not in ("trim", "self")}
     behind = [SAID[kind] for kind, row in rivals.items() if row["trimmed_minus_it"]["low"] <= 0]
+    ahead = "all" if SAID.keys() <= half.keys() | {"self"} else "those that were run"
     return (
         f"Goal, 2x fewer MACs for at most 1 point, ahead of every baseline: {1 / share:.2f}x fewer "
         f"({'met' if share <= 0.5 else 'missed'}), {100 * lost:.2f} points lost "
         f"({'met' if lost <= LOST else 'missed'}), "
-        + ("ahead of all." if not behind else f"not surely ahead of: {', '.join(behind)}.")
+        + (f"ahead of {ahead}." if not behind else f"not surely ahead of: {', '.join(behind)}.")
     )
 
 
