@@ -37,7 +37,7 @@ BUDGETS = (0.5, 0.35)
 FIXED = ("random", "evit", "evit-fused", "tome", "resolution")  # of the model that was trimmed
 TRAINED = ("uniform", "random-trained")  # of the weights that trimming has trained
 # At full size 88 % of the cost lies in the vision encoder; of the table's models, which see 36 patches,
-# 71 %, and things fill half of their patches. 81 patches bring that to 82 % and 40 %.
+# 71 %, and things fill half of their patches. 81 patches bring that to 82 % and 36 %.
 IMAGE_SIZE, SEED = 72, 77
 STEPS, STEP_SECONDS = 600, 1.2
 TEACHER_STEPS, TEACHER_SECONDS = 1200, 0.5

@@ -94,7 +94,7 @@ def add_parsers(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the verb. Bad input X"""
+    """Run the verb. Bad input raises ValueError/FileNotFoundError."""
     if args.kind == BACK:
         return _back(args)
     import torch
