@@ -173,6 +173,7 @@ def test_slurm_inside_an_allocation(
     words = printed(capsys, "--slurm", "-n", "4", "--dry-run", "--", "distill", "demo")
     assert "srun" in words
     assert "--ntasks=4" in words
+    assert "--wait=0" in words  # a rank may measure on when the others have left
 
 
 def test_array_makes_one_job_per_recipe(capsys: pytest.CaptureFixture[str]) -> None:
