@@ -197,6 +197,7 @@ def build_student(config: RunConfig, vocab_size: int, teacher: XVLM | None) -> F
     Raises:
         ValueError: `initialise.source` is "teacher" and there is none, shapes do not fit, or the model
             has other trimmers than `trim` asks for.
+        FileNotFoundError: `model` or `initialise.source` is a path, and no model folder is there.
     """
     trimming = model_config(config, vocab_size).trimming
     first = _dense_student(config, vocab_size, teacher)
@@ -265,6 +266,11 @@ def _dense_student(config: RunConfig, vocab_size: int, teacher: XVLM | None) -> 
             decoder_map=init.decoder_map,
         )
         return _told(FirstWeights.reported(student, str(config.teacher.path), report))
+    if not is_model_folder(init.source):
+        raise FileNotFoundError(
+            f"initialise.source: {init.source}/config.json: not there; make that model first (an "
+            "earlier stage, or espalier convert, docs/models.md), or name random or teacher"
+        )
     first = _from_folder(init.source, wanted)
     if first.model.config != wanted:
         _LOG.warning("initialise.source %s decides the model's shape, not `model`", init.source)

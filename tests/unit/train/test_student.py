@@ -97,6 +97,9 @@ def test_a_teacher_is_needed_where_weights_come_from_it(tmp_path):
 def test_a_folder_that_is_not_made_yet_is_no_unknown_preset(tmp_path):
     with pytest.raises(FileNotFoundError, match="^model: no/thing/config.json: not there"):
         model_config(config(tmp_path, model="no/thing"), None)
+    wanted = config(tmp_path, initialise=InitialiseConfig(source="no/thing"))
+    with pytest.raises(FileNotFoundError, match="^initialise.source: no/thing/config.json: not th"):
+        build_student(wanted, VOCABULARY, None)
 
 
 # --- models that have trimmers ---------------------------------------------------------------------
