@@ -46,7 +46,7 @@ DATA = "--image-size 48 --seed 77"
 TOP_K = {"vqa": 4, "retrieval": 32}
 # Steps: of the pre-training stage, and by task of teacher, student and pruning.
 BASE_STEPS = 300
-TEACHER_STEPS = 1500
+TEACHER_STEPS = {"grounding": 8000}
 STUDENT_STEPS = 1100
 PRUNE_STEPS = 900
 PRUNING = ("prune.ramp_steps=150", "prune.freeze_step=300")
@@ -81,7 +81,7 @@ def teacher_cell(work: Path, task: str, steps: float) -> Cell:
     name = f"{task}/teacher"
     if task == "vqa":
         return Cell(name, task, "teacher", 0, (), TEACHER_VQA, (), SCORE_SECONDS)
-    count = max(1, round(TEACHER_STEPS * steps))
+    count = max(1, round(TEACHER_STEPS.get(task, 1500) * steps))
     argv = _train(
         work, name, "finetune", f"blocksworld-{task}-teacher", task, 0, count, f"model={PRETRAINED}"
     )

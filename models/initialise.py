@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor
 
 from models.config import ModelConfig
@@ -21,6 +22,7 @@ from models.xvlm import XVLM
 
 __all__ = [
     "InitialiseReport",
+    "add_sincos_positions",
     "add_task_vector",
     "default_map",
     "student_from_teacher",
@@ -351,3 +353,28 @@ def add_task_vector(
             else:
                 value.add_(new[key] - old[key])
     return result
+
+
+def add_sincos_positions(model: XVLM) -> None:
+    """Adds 2D sine-cosine vectors to the learned positions of the patches, in place.
+
+    Learned positions of a small model may stay so weak that no later layer can tell where a patch
+    is, and then a box is not learned either. These are the fixed positions of MoCo v3 (2104.02057),
+    one quarter of the width each for the sines and cosines of row and column; here they are only a
+    start, and go on being learned. Class and register tokens keep theirs.
+
+    Raises:
+        ValueError: when the vision width is not a multiple of 4.
+    """
+    vision = model.config.vision
+    if vision.width % 4:
+        raise ValueError(
+            f"initialise.add_positions: sincos needs a vision width that is a multiple of 4, "
+            f"{model.config.name} has {vision.width}"
+        )
+    grid = vision.image_size // vision.patch_size
+    position = model.vision.embeddings.position
+    with torch.no_grad():
+        position[vision.position_prefix :] += build_sincos2d_pos_embed(
+            [grid, grid], dim=vision.width, device=position.device, dtype=position.dtype
+        )

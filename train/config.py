@@ -55,6 +55,8 @@ class InitialiseConfig:
             fine-tuning changed in the teacher is added to the student (models.initialise).
         vision_map, text_map, fusion_map, decoder_map: teacher layer of each student layer; None is
             1, 3, 5, ...
+        add_positions: "sincos" adds 2D sine-cosine vectors to the positions of the patches, for a
+            model that has not learned where things are (models.initialise.add_sincos_positions).
     """
 
     source: str = "random"
@@ -63,6 +65,7 @@ class InitialiseConfig:
     text_map: tuple[int, ...] | None = None
     fusion_map: tuple[int, ...] | None = None
     decoder_map: tuple[int, ...] | None = None
+    add_positions: Literal["sincos"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

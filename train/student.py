@@ -15,6 +15,7 @@ from models.checkpoints.build import fresh_keys
 from models.config import ModelConfig
 from models.initialise import (
     InitialiseReport,
+    add_sincos_positions,
     add_task_vector,
     student_from_teacher,
     task_form,
@@ -201,6 +202,9 @@ def build_student(config: RunConfig, vocab_size: int, teacher: XVLM | None) -> F
     """
     trimming = model_config(config, vocab_size).trimming
     first = _dense_student(config, vocab_size, teacher)
+    if config.initialise.add_positions == "sincos":
+        add_sincos_positions(first.model)
+        first = replace(first, source=f"{first.source} + sine-cosine positions")
     if first.model.config.trimming is not None:
         _with_sites(config, first.model.config)  # initialise.source may decide what the model is
         return _going_on(first) if config.trim is not None else _resting(first)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from models import presets
 from models.initialise import (
+    add_sincos_positions,
     add_task_vector,
     default_map,
     student_from_teacher,
@@ -247,3 +250,38 @@ def test_task_vector_needs_models_before_fine_tuning():
     student = presets.create("blocksworld-micro-student", form="vqa")
     with pytest.raises(ValueError, match="form pretrain"):
         add_task_vector(student, finetuned, finetuned)
+
+
+def test_sincos_positions_are_sines_and_cosines_of_row_and_column():
+    """Half of the width from the row, half from the column; the class token keeps its position."""
+    model = presets.create("blocksworld-micro-teacher", form="grounding")
+    vision = model.config.vision
+    before = model.vision.embeddings.position.detach().clone()
+    add_sincos_positions(model)
+    added = model.vision.embeddings.position.detach() - before
+    grid, quarter = vision.image_size // vision.patch_size, vision.width // 4
+    assert torch.count_nonzero(added[: vision.position_prefix]) == 0
+    bands = [10_000 ** (-band / quarter) for band in range(quarter)]
+    for row in range(grid):
+        for column in range(grid):
+            expected = [
+                of(place * band)
+                for of in (math.sin, math.cos)
+                for place in (row, column)
+                for band in bands
+            ]
+            torch.testing.assert_close(
+                added[vision.position_prefix + row * grid + column],
+                torch.tensor(expected),
+                atol=1e-5,
+                rtol=0,
+            )
+
+
+def test_sincos_positions_want_a_width_of_four_parts():
+    config = presets.config("blocksworld-micro-teacher")
+    layers = [2] * config.vision.layers
+    vision = {"width": 30, "head_dim": 15, "heads": layers, "ffn": layers}
+    config = presets.config("blocksworld-micro-teacher", vision=vision)
+    with pytest.raises(ValueError, match=r"initialise.add_positions.*multiple of 4.*has 30"):
+        add_sincos_positions(XVLM(config))

@@ -12,6 +12,7 @@ import torch
 
 from models import presets
 from models.checkpoints.build import RECORD
+from models.initialise import add_sincos_positions
 from models.trimming import default_trimming, with_trimming
 from models.xvlm import XVLM
 from train.config import InitialiseConfig, OptimConfig, RunConfig, TeacherConfig
@@ -86,6 +87,27 @@ def test_fresh_weights_stay_fresh_where_a_form_copies_them(tmp_path):
     task = config(tmp_path, stage="finetune", task="vqa", model=str(folder))
     first = build_student(task, VOCABULARY, None)
     assert first.fresh and all(name.startswith("decoder.head.") for name in first.fresh)
+
+
+@pytest.mark.parametrize("task", ["pretrain", "grounding"])
+def test_sincos_positions_are_added_to_first_weights_and_told(tmp_path, task):
+    """From random weights as from a folder that changes its form."""
+    folder = saved(tmp_path / "model", "blocksworld-student")
+    model = "blocksworld-student" if task == "pretrain" else str(folder)
+    plain, moved = (
+        build_student(
+            config(tmp_path, task=task, model=model, initialise=InitialiseConfig(**given)),
+            VOCABULARY,
+            None,
+        )
+        for given in ({}, {"add_positions": "sincos"})
+    )
+    expected = XVLM(plain.model.config)
+    expected.load_state_dict(plain.model.state_dict())
+    add_sincos_positions(expected)
+    for key, value in expected.state_dict().items():
+        torch.testing.assert_close(moved.model.state_dict()[key], value, msg=key)
+    assert moved.source == f"{plain.source} + sine-cosine positions"
 
 
 def test_a_teacher_is_needed_where_weights_come_from_it(tmp_path):
