@@ -114,6 +114,8 @@ def task_cells(work: Path, task: str, seed: int, steps: float) -> list[Cell]:
         f"prune.freeze_step={min(freeze, cut)}",
     )  # fmt: skip
     student, prune = _recipe(task, "student"), _recipe(task, "prune")
+    # The others have the positions of grounding's teacher, by way of its task vector.
+    places = ("initialise.add_positions=sincos",) if task == "grounding" else ()
     settings = {
         "student": (
             "finetune", student, count, f"model={work / 'base' / str(seed) / 'run' / 'model'}",
@@ -122,7 +124,7 @@ def task_cells(work: Path, task: str, seed: int, steps: float) -> list[Cell]:
         "pruned": ("prune", prune, cut, *pruning),
         "no_kd": (
             "finetune", student, count, f"model={work / 'base_no_kd' / str(seed) / 'run' / 'model'}",
-            "teacher.path=null", "initialise.task_vector=null",
+            "teacher.path=null", "initialise.task_vector=null", *places,
         ),
         "uniform": ("prune", prune, cut, *pruning, "prune.scope=uniform"),
     }  # fmt: skip
