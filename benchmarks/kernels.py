@@ -331,6 +331,8 @@ def main() -> None:
     for name in args.cases or known:
         if name not in known:
             raise SystemExit(f"no case {name!r}; cases: {', '.join(known)}")
+        # Cases share the code of their variants: each but the first would be compiled for any size.
+        torch.compiler.reset()
         case = known[name]()
         if name.endswith("gelu"):
             liger_variant(case)
