@@ -62,18 +62,19 @@ step() { # step NAME COMMAND...
 step doctor "$python" -m train.doctor
 # Goals: ffn_act_mask >= 85 % of the copy bandwidth both ways, hard_concrete <= 3 launches a step.
 step kernels_build "$python" -m models.kernels.build --report
-step kernels_tests "$python" -m pytest tests/gpu/test_kernels.py -q
+kernel_tests=(tests/gpu/test_kernels.py tests/gpu/test_attention_kernels.py)
+step kernels_tests "$python" -m pytest "${kernel_tests[@]}" -q
 if command -v compute-sanitizer > /dev/null; then
   for check in memcheck racecheck initcheck synccheck; do
     step "kernels_$check" compute-sanitizer --tool "$check" --error-exitcode 1 \
-      "$python" -m pytest tests/gpu/test_kernels.py -q -k "layouts or hard_concrete or fold or quick_gelu" --timeout 0
+      "$python" -m pytest "${kernel_tests[@]}" -q --timeout 0 \
+      -k "layouts or hard_concrete or fold or quick_gelu or masks_weights or pack_tokens"
   done
 else
   echo "no compute-sanitizer here: the kernels' memory and races stay unchecked" >&2
 fi
 step kernels "$python" benchmarks/kernels.py --json "$results/kernels-$gpu.json"
 step tests "$python" -m pytest -m gpu -q
-step distributed "$python" -m pytest tests/distributed -q
 # Goals at equal precision: >= 2x and <= 1/2 of the peak memory at 224 px, >= 4x and <= 1/3 at 384 px.
 # Each setting is an entry of one file, made to take less than ten minutes.
 distill=("$python" benchmarks/distill_step.py --device cuda --warmup 3 --steps 10
@@ -92,6 +93,8 @@ step prune_step "$python" benchmarks/prune_step.py --json "$results/prune_step-$
 step trim_speed "$python" benchmarks/trim_speed.py --device cuda --dtype bf16 --batch 1 8 32 128 --rounds 20 \
   --json "$results/trim_speed-$gpu.json"
 step fused_qkv "$python" benchmarks/fused_qkv.py --json "$results/fused_qkv-$gpu.json"
+# These hide the GPUs and take minutes of the CPU: they show that torch and DeepSpeed of this machine go together.
+step distributed "$python" -m pytest tests/distributed -q
 # Accuracy does not depend on the device: it trains on the CPU, resumes, and takes hours.
 step trimming "$python" benchmarks/trimming.py --tasks vqa:3,retrieval:3 --budgets 0.75 0.5 0.35 --max-hours 3
 step pretrain_kd_gain "$python" benchmarks/pretrain_kd_gain.py --steps 300 --seeds 0 1 2 \

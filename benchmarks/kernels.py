@@ -8,10 +8,12 @@
     kernel     ours
 
 Inputs rotate through sets that together exceed the L2 cache four times, with random numbers. Each
-variant is checked against the reference first. Time is the median of CUDA events; bandwidth counts
-the bytes that the op cannot avoid, over what a plain copy reaches in the same process. Every variant
-is timed twice: how far the two differ is the noise. Without a GPU only --device cpu runs, which
-shows that the script works and times nothing of the kernels.
+variant is checked against the reference first. Time is the median of CUDA events, taken while the host
+is ahead of the device, so that what Python takes to launch is not in it; that is told beside it as
+"host_ms" (a variant that waits for the device waits for LEAD_CYCLES, too, and both its times have
+that). Bandwidth counts the bytes that the op cannot avoid, over what a plain copy reaches in the same
+process. Every variant is timed twice: how far the two differ is the noise. Without a GPU only --device
+cpu runs, which shows that the script works and times nothing of the kernels.
 
     python benchmarks/kernels.py [--cases ffn_vit384 ...] [--json FILE]
 
@@ -30,7 +32,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +49,7 @@ from train.provenance import provenance  # noqa: E402
 SHAPES = {"vit384": (64 * 577, 3072), "vit480": (64 * 901, 3072), "bert40": (64 * 40, 3072)}
 GATES = 74088
 OVER_CACHE = 4
+LEAD_CYCLES = 4_000_000  # about 2 ms, which the device idles while the host launches a call
 
 Inputs = tuple[Tensor, ...]
 Step = Callable[..., Tensor | tuple[Tensor, ...] | list[Tensor]]
@@ -217,25 +220,34 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> float:
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
-def milliseconds(calls: Iterator[Callable[[], Any]], device: str, repeats: int) -> float:
-    """Median time of one call."""
+class Spent(NamedTuple):
+    """Median milliseconds of one call: on the device, and of the host to launch it."""
+
+    device: float
+    host: float
+
+
+def milliseconds(calls: Iterator[Callable[[], Any]], device: str, repeats: int) -> Spent:
+    """What one call takes."""
     times = []
     for number in range(repeats + 5):
         call = next(calls)
         if device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # The device is idle here. Without a lead `start` would pass at once, and the time until
+            # the first kernel arrives, which is the host's, would count.
+            torch.cuda._sleep(LEAD_CYCLES)
             start.record()
-            call()
+        begun = time.perf_counter()
+        call()
+        host = device_time = 1e3 * (time.perf_counter() - begun)
+        if device == "cuda":
             end.record()
             end.synchronize()
-            spent = start.elapsed_time(end)
-        else:
-            begun = time.perf_counter()
-            call()
-            spent = 1e3 * (time.perf_counter() - begun)
+            device_time = start.elapsed_time(end)
         if number >= 5:
-            times.append(spent)
-    return statistics.median(times)
+            times.append((device_time, host))
+    return Spent(*map(statistics.median, zip(*times, strict=True)))
 
 
 def forever(calls: list[Callable[[], Any]]) -> Iterator[Callable[[], Any]]:
@@ -248,7 +260,7 @@ def copy_bandwidth(device: str, repeats: int) -> float:
     """Bytes a second that a plain copy reads and writes."""
     count = 2**28 if device == "cuda" else 2**22
     source, target = torch.randn(2, count // 4, device=device)
-    spent = milliseconds(forever([lambda: target.copy_(source)]), device, repeats)
+    spent = milliseconds(forever([lambda: target.copy_(source)]), device, repeats).device
     return 2 * count / (spent / 1e3)
 
 
@@ -289,8 +301,10 @@ def measure(case: Case, device: str, repeats: int, copied: float) -> dict[str, A
             [milliseconds(forever(calls), device, repeats) for _ in range(2)]
             for calls in (forward, both)
         ]
-        row = {"forward_ms": min(timed[0]), "both_ms": min(timed[1])}
-        row["noise"] = max(abs(a - b) / min(a, b) for a, b in timed)
+        fastest = [min(pair) for pair in timed]
+        row = {"forward_ms": fastest[0].device, "both_ms": fastest[1].device}
+        row["noise"] = max(abs(a.device - b.device) / min(a, b).device for a, b in timed)
+        row |= {"forward_host_ms": fastest[0].host, "both_host_ms": fastest[1].host}
         row["forward_of_copy"] = case.bytes[0] / (row["forward_ms"] / 1e3) / copied
         row["both_of_copy"] = sum(case.bytes) / (row["both_ms"] / 1e3) / copied
         if device == "cuda":
@@ -317,6 +331,8 @@ def main() -> None:
     for name in args.cases or known:
         if name not in known:
             raise SystemExit(f"no case {name!r}; cases: {', '.join(known)}")
+        # Cases share the code of their variants: each but the first would be compiled for any size.
+        torch.compiler.reset()
         case = known[name]()
         if name.endswith("gelu"):
             liger_variant(case)

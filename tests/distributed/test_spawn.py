@@ -37,6 +37,21 @@ def _wait_forever() -> None:
     threading.Event().wait()
 
 
+def where() -> tuple[str | None, str | None]:
+    return os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("DS_ACCELERATOR")
+
+
+@pytest.fixture(scope="module")
+def place() -> tuple[str | None, str | None]:
+    return run_ranks(where, 1, init=False)[0]
+
+
+def test_ranks_run_on_the_cpu_whatever_the_machine_has(
+    place: tuple[str | None, str | None],
+) -> None:
+    assert place == ("", "cpu")
+
+
 def test_results_by_rank_and_collectives() -> None:
     assert run_ranks(talk, 2, 10) == [(10, True, False, "from 1"), (11, True, False, "from 1")]
 

@@ -63,7 +63,8 @@ def draw_assignments(
         raise ValueError(
             "two images that a text is not about need a batch of at least 3: raise data.batch"
         )
-    drawn = torch.rand(4, world * rows, generator=generator).to(device)[:, own]
+    drawn = torch.rand(4, world * rows, generator=generator)
+    drawn = drawn.to(device, non_blocking=True)[:, own]  # else the host waits for the step
     kind, order, one, two = drawn.unbind()
     barred = columns[None, :] == own[:, None]
     scores = feature.double() @ everyone.double().t() / _TEMPERATURE

@@ -200,7 +200,8 @@ def hard_negatives(
         raise ValueError(
             "hard negatives need at least 2 rows to draw from: raise data.batch to 2 or more"
         )
-    uniform = torch.rand(2, columns, generator=generator).to(device)[:, own_index]
+    drawn = torch.rand(2, columns, generator=generator)
+    uniform = drawn.to(device, non_blocking=True)[:, own_index]  # else the host waits for the step
     to_text, to_image = similarities
     chosen_own = own_index
     if local:

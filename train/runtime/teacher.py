@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +153,8 @@ class Teacher:
         Raises:
             FileNotFoundError: `teacher.path` holds no model.
             ValueError: it is not given, or no allowed backend and precision runs here.
-            UserError: injected kernels were asked for and do not compute what the model does.
+            UserError: injected kernels were asked for and do not run here, or do not compute what the
+                model does.
         """
         if config.path is None:
             raise ValueError("teacher.path: this stage distils and needs a teacher model folder")
@@ -201,9 +202,19 @@ class Teacher:
         sample = Sample.for_model(self.model, self.device)
         with self._computing():
             expected = sample.outputs(self.model)
-        undo = inject_text_layers(self.model, self.dtype, self.device)
-        with self._computing():
-            found = parity(sample.outputs(self.model), expected)
+        undo: Callable[[], None] = lambda: None  # noqa: E731
+        try:
+            undo = inject_text_layers(self.model, self.dtype, self.device)
+            with self._computing():
+                found = parity(sample.outputs(self.model), expected)
+        except UserError:
+            raise
+        except Exception as error:  # they are compiled here and now: compilers, linkers, versions
+            undo()
+            raise UserError(
+                "teacher.inject: DeepSpeed's kernels cannot be built or do not run here "
+                f"({type(error).__name__}: {error}); leave teacher.inject out"
+            ) from error
         told = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
         if max(found.values()) > bound:
             undo()

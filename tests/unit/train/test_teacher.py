@@ -240,6 +240,25 @@ def test_kernels_that_differ_are_refused_with_the_numbers(
         load(folder, dtype="fp32", inject=True)
 
 
+@pytest.mark.parametrize("at_first_use", [False, True])
+def test_kernels_that_cannot_be_built_are_refused_by_name(
+    folder: Path, monkeypatch, at_first_use: bool
+) -> None:
+    undone = []
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Error building extension 'transformer_inference'")
+
+    def inject(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
+        model.text.layers[0].forward = broken
+        return lambda: undone.append(delattr(model.text.layers[0], "forward"))
+
+    monkeypatch.setattr(teacher_module, "inject_text_layers", inject if at_first_use else broken)
+    with pytest.raises(UserError, match="teacher.inject: .*Error building extension.* leave"):
+        load(folder, dtype="fp32", inject=True)
+    assert len(undone) == at_first_use
+
+
 def test_kernels_are_refused_where_they_do_not_fit(folder: Path) -> None:
     with pytest.raises(UserError, match="need a GPU"):
         load(folder, dtype="fp32", inject=True)

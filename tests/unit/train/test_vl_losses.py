@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train.losses.assignment import draw_assignments
 from train.losses.vl import (
     Similarities,
     _draw,
@@ -141,6 +143,22 @@ def test_negatives_are_a_function_of_the_generator() -> None:
     assert torch.equal(first.text_for_image, second.text_for_image)
     assert not torch.equal(first.text_for_image, other.text_for_image)
     assert not torch.equal(first.text_for_image, first.image_for_text)
+
+
+def test_random_numbers_reach_the_device_without_waiting_for_it(monkeypatch) -> None:
+    """A copy that blocks would make the host wait for everything enqueued so far."""
+    waits, plain = [], torch.Tensor.to
+
+    def to(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if args and isinstance(args[0], torch.device):
+            waits.append(not options.get("non_blocking"))
+        return plain(self, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    scores = torch.randn(4, 4)
+    hard_negatives(Similarities(scores, scores.t()), _generator())
+    draw_assignments(_features(4)[0], torch.arange(4), _generator())
+    assert waits == [False, False]
 
 
 def test_rows_of_the_global_batch_draw_what_one_rank_would() -> None:
