@@ -206,7 +206,7 @@ def _time(row: Mapping[str, Any] | None, rows: int) -> str:
     return f"{row['median'] / rows:.2f} ms, {row['speedup']['median']:.2f}x"
 
 
-def _budget_lines(budget: str, told: Mapping[str, Any]) -> list[str]:
+def _budget_lines(budget: str, told: Mapping[str, Any], task: str) -> list[str]:
     sizes = told.get("rows_of_a_call", {"1": 1, "32": 32})
     lines = [
         f"### Budget {budget}",
@@ -216,6 +216,8 @@ def _budget_lines(budget: str, told: Mapping[str, Any]) -> list[str]:
     ]
     for kind, said in SAID.items():
         row = told["methods"].get(kind)
+        if row is None and kind == "self" and task == "retrieval":
+            continue  # its trimmers are never told a text
         if row is None:
             lines.append(f"| {said} | not run | | | | | | |")
             continue
@@ -238,7 +240,8 @@ def _budget_lines(budget: str, told: Mapping[str, Any]) -> list[str]:
     if "self" in told["methods"]:
         lead = _interval(told["methods"]["self"]["trimmed_minus_it"])
         lines += ["", f"Guided by the text against judged by the image alone: {lead} points."]
-    return [*lines, "", *_behaviour_lines(told), ""]
+    behaviour = _behaviour_lines(told)
+    return [*lines, "", *behaviour, *([""] if behaviour else [])]
 
 
 def _behaviour_lines(told: Mapping[str, Any]) -> list[str]:
@@ -316,7 +319,7 @@ def page(result: Mapping[str, Any], stem: str = "trimming-results") -> str:
         lines += [f"![{name}]({stem}-{name}.svg)" for name in drawn if name.startswith(task)]
         lines.append("")
         for budget, row in told["budgets"].items():
-            lines += _budget_lines(budget, row)
+            lines += _budget_lines(budget, row, task)
     if result["not_run"]:
         lines += [f"Not run yet: {', '.join(result['not_run'])}.", ""]
     lines += [f"Commit {result['provenance']['commit']}. Command: `{result['command']}`", ""]
