@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.mixture import period_counts
 from train.config import RunConfig
 from train.recipes_io import load_run_config
 from train.runtime.engine import engine_settings
@@ -56,6 +57,59 @@ def test_full_size_numbers(capsys):
     assert "212.27M parameters" in printed
     assert "(128, 197, 768)" in printed
     assert "1,024 images" in printed
+
+
+MIXED = sorted(
+    recipe.stem
+    for recipe in RECIPES
+    if recipe.stem.endswith(("4m", "-pretrain")) and not recipe.stem.startswith("blocksworld")
+)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_pre_training_draws_captions_of_each_set_as_published(name):
+    config = load(name)
+    weights = {Path(source.path).parts[1]: source.weight for source in config.data.train}
+    assert list(weights) == ["coco", "vg-captions", "sbu", "cc3m"]
+    assert sum(weights.values()) == 5_114_489  # 2111.08276
+    shares = period_counts(list(weights.values()), config.data.mix_period)
+    assert shares == (111, 154, 168, 567)
+
+
+# Texts of an epoch, epochs and ranks as published; a step draws one text for each picture.
+PUBLISHED = {
+    "xvlm-clip-base-4m": (5_114_489, 41, 8),
+    "efficientvlm-4m": (5_114_489, 41, 8),
+    "xvlm-clip-base-captioning-pretrain": (5_114_489, 2, 8),
+    "efficientvlm-captioning-pretrain": (5_114_489, 2, 8),
+    "xvlm-clip-base-nlvr2-pretrain": (5_114_489, 2, 4),
+    "efficientvlm-nlvr2-pretrain": (5_114_489, 2, 4),
+    "xvlm-clip-base-retrieval-coco": (566_747, 10, 8),
+    "efficientvlm-retrieval-coco": (566_747, 10, 8),
+    "efficientvlm-retrieval-coco-prune": (566_747, 10, 8),
+    "xvlm-clip-base-retrieval-flickr30k": (145_000, 10, 8),
+    "xvlm-clip-base-captioning": (566_747, 5, 8),
+    "efficientvlm-captioning": (566_747, 10, 8),
+    "efficientvlm-captioning-prune": (566_747, 10, 8),
+    "xvlm-clip-base-nlvr2": (86_373, 10, 8),
+    "efficientvlm-nlvr2": (86_373, 10, 8),
+    "efficientvlm-nlvr2-prune": (86_373, 10, 8),
+    "xvlm-clip-base-grounding": (120_191, 10, 8),
+    "efficientvlm-grounding": (120_191, 10, 8),
+    "efficientvlm-grounding-prune": (120_191, 10, 8),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_steps_are_the_published_epochs(name):
+    texts, epochs, ranks = PUBLISHED[name]
+    config = load(name)
+    assert config.data.rows_per_image == 1
+    epoch = round(texts / (config.data.global_batch or ranks * config.data.batch))
+    assert config.optim.steps == epochs * epoch
+    assert config.eval.every in (0, epoch)
+    if config.prune is not None:
+        assert config.prune.ramp_steps == epoch
 
 
 @pytest.mark.parametrize(
