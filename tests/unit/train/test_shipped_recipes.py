@@ -84,6 +84,9 @@ PUBLISHED = {
     "efficientvlm-captioning-pretrain": (5_114_489, 2, 8),
     "xvlm-clip-base-nlvr2-pretrain": (5_114_489, 2, 4),
     "efficientvlm-nlvr2-pretrain": (5_114_489, 2, 4),
+    # Without VQA's val, which is held out.
+    "xvlm-clip-base-vqa": (443_757 + 1_445_322, 10, 8),
+    "efficientvlm-vqa-prune": (443_757 + 1_445_322, 20, 8),
     "xvlm-clip-base-retrieval-coco": (566_747, 10, 8),
     "efficientvlm-retrieval-coco": (566_747, 10, 8),
     "efficientvlm-retrieval-coco-prune": (566_747, 10, 8),
@@ -110,6 +113,19 @@ def test_steps_are_the_published_epochs(name):
     assert config.eval.every in (0, epoch)
     if config.prune is not None:
         assert config.prune.ramp_steps == epoch
+
+
+FULL_VQA = ("xvlm-clip-base-vqa", "efficientvlm-vqa-prune", "efficientvlm-vqa-trim")
+
+
+@pytest.mark.parametrize("name", FULL_VQA)
+def test_vqa_learns_from_all_published_questions_but_those_it_chooses_by(name):
+    config = load(name)
+    weights = {source.path: source.weight for source in config.data.train}
+    assert weights == {"data/vqa/vqa/train": 443_757, "data/vg/vqa/train": 1_445_322}
+    assert config.data.val == "data/vqa/vqa/val" and config.data.max_words == 30
+    if config.stage != "trim":  # its schedule is ours
+        assert config.optim.clip == 0.0 and config.eval.every
 
 
 @pytest.mark.parametrize(
