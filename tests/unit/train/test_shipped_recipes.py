@@ -86,11 +86,14 @@ PUBLISHED = {
     "efficientvlm-nlvr2-pretrain": (5_114_489, 2, 4),
     # Without VQA's val, which is held out.
     "xvlm-clip-base-vqa": (443_757 + 1_445_322, 10, 8),
+    "efficientvlm-vqa": (443_757 + 1_445_322, 20, 8),
     "efficientvlm-vqa-prune": (443_757 + 1_445_322, 20, 8),
     "xvlm-clip-base-retrieval-coco": (566_747, 10, 8),
     "efficientvlm-retrieval-coco": (566_747, 10, 8),
     "efficientvlm-retrieval-coco-prune": (566_747, 10, 8),
     "xvlm-clip-base-retrieval-flickr30k": (145_000, 10, 8),
+    "efficientvlm-retrieval-flickr30k": (145_000, 10, 8),
+    "efficientvlm-retrieval-flickr30k-prune": (145_000, 10, 8),
     "xvlm-clip-base-captioning": (566_747, 5, 8),
     "efficientvlm-captioning": (566_747, 10, 8),
     "efficientvlm-captioning-prune": (566_747, 10, 8),
@@ -115,7 +118,12 @@ def test_steps_are_the_published_epochs(name):
         assert config.prune.ramp_steps == epoch
 
 
-FULL_VQA = ("xvlm-clip-base-vqa", "efficientvlm-vqa-prune", "efficientvlm-vqa-trim")
+FULL_VQA = (
+    "xvlm-clip-base-vqa",
+    "efficientvlm-vqa",
+    "efficientvlm-vqa-prune",
+    "efficientvlm-vqa-trim",
+)
 
 
 @pytest.mark.parametrize("name", FULL_VQA)
@@ -126,6 +134,18 @@ def test_vqa_learns_from_all_published_questions_but_those_it_chooses_by(name):
     assert config.data.val == "data/vqa/vqa/val" and config.data.max_words == 30
     if config.stage != "trim":  # its schedule is ours
         assert config.optim.clip == 0.0 and config.eval.every
+
+
+FULL_TASKS = ("vqa", "nlvr2", "retrieval-coco", "retrieval-flickr30k", "captioning", "grounding")
+
+
+@pytest.mark.parametrize("task", FULL_TASKS)
+def test_a_pruned_student_differs_from_the_distilled_one_in_pruning_alone(task):
+    teacher = load(f"xvlm-clip-base-{task}")
+    student, pruned = load(f"efficientvlm-{task}"), load(f"efficientvlm-{task}-prune")
+    assert student.teacher.path == f"{teacher.out}/model"
+    same = dataclasses.replace(pruned, stage="finetune", prune=None, out=student.out)
+    assert same == student
 
 
 @pytest.mark.parametrize(
