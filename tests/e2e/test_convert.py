@@ -68,6 +68,8 @@ def test_initial_weights_from_clip_and_sharded_bert(files, tmp_path, capsys):
     fresh = fresh_keys(out)
     assert "itm_head.linear.weight" in fresh and "text.layers.2.cross_attention.q.bias" in fresh
     assert "text.layers.2.attention.q.bias" not in fresh
+    heads = ("image_projection.", "text_projection.", "contrastive.", "itm_head.", "bbox_head.")
+    assert all(key.startswith(heads) or ".cross_" in key for key in fresh)
     assert (out / "vocab.txt").read_text() == "[PAD]\n"
     record = json.loads((out / "conversion.json").read_text())
     assert [entry["kind"] for entry in record["conversions"]] == ["clip", "bert"]

@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.mixture import period_counts
+from models import presets
+from models.checkpoints.build import RECORD
 from train.config import RunConfig
 from train.recipes_io import load_run_config
 from train.runtime.engine import engine_settings
+from train.runtime.optimizer import parameter_groups
 from train.stages import run
 from train.stages.check import check_stage
 from train.stages.memory import StepMemory
+from train.student import build_student
 
 DOWNSTREAM = ("nlvr2_pretrain", "nlvr2", "retrieval", "captioning", "grounding")
 RECIPES = sorted((Path(__file__).parents[3] / "train" / "recipes").glob("*.yaml"))
@@ -32,8 +36,6 @@ def test_recipe_is_valid_and_describes_itself(recipe, capsys, monkeypatch, tmp_p
     engine_settings(config)
     if isinstance(config.model, str) and "/" in config.model:
         # The folder is an earlier stage's: put the configuration there that the stage would leave.
-        from models import presets
-
         role = "teacher" if "teacher" in recipe.stem else "student"
         form = "pretrain" if config.stage == "finetune" else config.task
         folder = tmp_path / config.model
@@ -74,6 +76,22 @@ def test_pre_training_draws_captions_of_each_set_as_published(name):
     assert sum(weights.values()) == 5_114_489  # 2111.08276
     shares = period_counts(list(weights.values()), config.data.mix_period)
     assert shares == (111, 154, 168, 567)
+
+
+def test_the_teacher_learns_what_no_checkpoint_filled_at_twice_the_rate(tmp_path):
+    presets.create("blocksworld-micro-student").save_pretrained(tmp_path)
+    fresh = ["text.layers.1.cross_attention.q.weight", "contrastive.value", "itm_head.norm.bias"]
+    (tmp_path / RECORD).write_text(json.dumps({"conversions": [], "fresh": fresh}))
+    start = f"initialise.source={tmp_path}"
+    config = load("xvlm-clip-base-4m", "model=blocksworld-micro-student", start)
+    first = build_student(config, 256, None)
+    doubled = [
+        group["lr"]
+        for group in parameter_groups(first.model, set(first.fresh), config.optim)
+        for parameter in group["params"]
+        if any(parameter is first.model.get_parameter(name) for name in fresh)
+    ]
+    assert doubled == [2e-4] * len(fresh)
 
 
 # Texts of an epoch, epochs and ranks as published; a step draws one text for each picture.
