@@ -94,6 +94,18 @@ def test_the_teacher_learns_what_no_checkpoint_filled_at_twice_the_rate(tmp_path
     assert doubled == [2e-4] * len(fresh)
 
 
+def test_the_two_streams_are_pre_trained_as_meter():
+    config, after = load("meter-clip-base-pretrain"), load("meter-clip-base-vqa")
+    assert after.initialise.source == f"{config.out}/model"
+    assert config.data.global_batch * config.engine.accumulate == 4096
+    assert (config.optim.steps, config.optim.warmup_steps) == (100_000, 10_000)
+    assert (config.optim.lr, config.optim.new_lr_multiplier) == (1e-5, 5.0)
+    assert config.loss == {"itc": 0.0} and config.data.mlm_probability == 0.15
+    assert presets.config("meter-clip-base").vision.image_size == 288
+    # Nothing of an answer decoder is fresh after pre-training, so a multiplier would do nothing.
+    assert after.optim.new_lr_multiplier == 1.0
+
+
 # Texts of an epoch, epochs and ranks as published; a step draws one text for each picture.
 PUBLISHED = {
     "xvlm-clip-base-4m": (5_114_489, 41, 8),
@@ -106,6 +118,7 @@ PUBLISHED = {
     "xvlm-clip-base-vqa": (443_757 + 1_445_322, 10, 8),
     "efficientvlm-vqa": (443_757 + 1_445_322, 20, 8),
     "efficientvlm-vqa-prune": (443_757 + 1_445_322, 20, 8),
+    "meter-clip-base-vqa": (443_757, 10, 1),
     "xvlm-clip-base-retrieval-coco": (566_747, 10, 8),
     "efficientvlm-retrieval-coco": (566_747, 10, 8),
     "efficientvlm-retrieval-coco-prune": (566_747, 10, 8),
@@ -129,7 +142,8 @@ def test_steps_are_the_published_epochs(name):
     texts, epochs, ranks = PUBLISHED[name]
     config = load(name)
     assert config.data.rows_per_image == 1
-    epoch = round(texts / (config.data.global_batch or ranks * config.data.batch))
+    images = config.data.global_batch or ranks * config.data.batch
+    epoch = round(texts / images)
     assert config.optim.steps == epochs * epoch
     assert config.eval.every in (0, epoch)
     if config.prune is not None:
