@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from models.checkpoints.build import fresh_keys
 from models.checkpoints.xvlm import to_published
 from train.main import main
 
-LAYERS = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+LAYERS: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
 TEXT = {
     "vocab_size": 40,
     "max_positions": 12,
