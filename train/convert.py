@@ -79,7 +79,7 @@ def add_parsers(subparsers: Any) -> None:
         "--layers",
         metavar="I,J,...",
         help="layer of FILE for each layer here (clip, bert); by default spread evenly: 1,3,5,... "
-        "for half the depth",
+        "for half the depth; bert takes those of the text layers alone, too, and leaves fusion fresh",
     )
     for name, whose in (("missing", "here"), ("unexpected", "in FILE")):
         parser.add_argument(

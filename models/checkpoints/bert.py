@@ -171,17 +171,20 @@ def load(
     have one. Cross-attention and everything that is not text may be missing.
 
     Args:
-        layer_map: as in `from_bert`; None spreads our layers over BERT's (1, 3, 5, ... for half).
+        layer_map: as in `from_bert`, or of the text layers alone: the fusion layers then stay as
+            they are. None spreads our layers over BERT's (1, 3, 5, ... for half).
         allow_missing, allow_unexpected: keys, modules or globs, as in `load_converted`.
 
     Raises:
         ValueError: naming keys that are missing (unless allowed), misshapen or unexpected.
     """
     depth, ours = _depth(state, where), model.config.text.layers
+    first = model.config.text.text_layers
     layers = default_map(ours, depth, "layer") if layer_map is None else layer_map
-    if len(layers) != ours or not all(0 <= index < depth for index in layers):
+    if len(layers) not in (first, ours) or not all(0 <= index < depth for index in layers):
         raise ValueError(
-            f"{where}: layer map {tuple(layers)} needs {ours} entries from 0 to {depth - 1}"
+            f"{where}: layer map {tuple(layers)} needs {ours} entries from 0 to {depth - 1}, or "
+            f"{first} to leave the fusion layers fresh"
         )
     converted, report = from_bert(state, layers, where)
     has_head = "mlm_head.bias" in converted
@@ -190,7 +193,7 @@ def load(
             if targets[0].startswith("mlm_head."):
                 del converted[targets[0]], report.renamed[key]
                 report.ignored.append(key)
-    allowed = tuple(allow_missing)
+    allowed = (*allow_missing, *(f"text.layers.{index}" for index in range(len(layers), ours)))
 
     def may_be_missing(key: str) -> bool:
         foreign = not key.startswith(("text.", "mlm_head.")) or ".cross_" in key

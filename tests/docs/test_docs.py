@@ -110,6 +110,27 @@ def test_commands_parse(document, only_parsing, capsys):
             assert (ROOT / words[1]).is_file(), line
 
 
+def option(words: list[str], name: str, default: str) -> str:
+    return words[words.index(name) + 1] if name in words else default
+
+
+def test_evaluations_read_splits_that_a_command_builds():
+    """Of the sets that docs/data.md says how to make; `test` is the default of `espalier eval`."""
+    known = [shlex.split(line) for line in command_lines((ROOT / "docs" / "data.md").read_text())]
+    built = {
+        (option(words, "--out", ""), option(words, "--split", "train"))
+        for words in known
+        if words[:3] == ["espalier", "data", "build"]
+    }
+    sets = {out for out, _ in built}
+    for document in DOCUMENTS:
+        for line in command_lines(document.read_text()):
+            words = line.split()
+            if words[:2] == ["espalier", "eval"] and option(words, "--data", "") in sets:
+                read = (option(words, "--data", ""), option(words, "--split", "test"))
+                assert read in built, f"{identify(document)}: {line}"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=identify)
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()):

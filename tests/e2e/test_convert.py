@@ -5,18 +5,26 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForMaskedLM, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from models import from_pretrained, presets
 from models.checkpoints.build import fresh_keys
 from models.checkpoints.xvlm import to_published
 from train.main import main
 
-LAYERS = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+LAYERS: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
 TEXT = {
     "vocab_size": 40,
     "max_positions": 12,
@@ -68,6 +76,8 @@ def test_initial_weights_from_clip_and_sharded_bert(files, tmp_path, capsys):
     fresh = fresh_keys(out)
     assert "itm_head.linear.weight" in fresh and "text.layers.2.cross_attention.q.bias" in fresh
     assert "text.layers.2.attention.q.bias" not in fresh
+    heads = ("image_projection.", "text_projection.", "contrastive.", "itm_head.", "bbox_head.")
+    assert all(key.startswith(heads) or ".cross_" in key for key in fresh)
     assert (out / "vocab.txt").read_text() == "[PAD]\n"
     record = json.loads((out / "conversion.json").read_text())
     assert [entry["kind"] for entry in record["conversions"]] == ["clip", "bert"]
@@ -118,6 +128,35 @@ def test_a_shallower_model_takes_every_second_layer_or_those_named(files, tmp_pa
     key = "text.layers.1.ffn.fc1.weight"
     assert torch.equal(other[key], other["text.layers.0.ffn.fc1.weight"])
     assert not torch.equal(other[key], first[key])
+
+
+def test_two_streams_start_from_clip_without_its_last_block_and_roberta(tmp_path):
+    """METER's start: text layers from RoBERTa, the fusion layers of both streams fresh."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(num_hidden_layers=3, image_size=32, patch_size=8, **LAYERS)
+    CLIPVisionModel(vision).save_pretrained(tmp_path / "clip")
+    text = RobertaConfig(
+        vocab_size=40, max_position_embeddings=14, type_vocab_size=1, num_hidden_layers=2, **LAYERS
+    )
+    RobertaForMaskedLM(text).save_pretrained(tmp_path / "roberta")
+    fusion = {"heads": [4, 4], "cross_heads": [4, 4], "ffn": [48, 48]}
+    sizes = {"heads": [4, 4], "ffn": [48, 48], "width": 32, "head_dim": 8, "patch_size": 8}
+    shape = {
+        "embed_dim": 16,
+        "text": TEXT,
+        "vision": sizes | {"image_size": 48, "region_layers": 0},
+    }
+    (tmp_path / "shape.json").write_text(json.dumps(shape | {"image_fusion": fusion}))
+    out, start = tmp_path / "initial", ("--config", tmp_path / "shape.json", "--layers", "0,1")
+    assert convert("clip", tmp_path / "clip", "--out", out, *start) == 0
+    assert convert("bert", tmp_path / "roberta", "--into", out, "--layers", "0,1") == 0
+    model, fresh = from_pretrained(out), fresh_keys(out)
+    assert model.config.image_fusion is not None and model.config.text.position_offset == 2
+    crossing = ("text.layers.2.", "text.layers.3.", "image_fusion.")
+    keys = set(model.state_dict())
+    assert {key for key in keys if key.startswith(crossing)} <= fresh
+    loaded = ("vision.", "text.embeddings.", "text.layers.0.", "text.layers.1.", "mlm_head.")
+    assert not {key for key in keys if key.startswith(loaded)} & fresh
 
 
 class Hostile:
