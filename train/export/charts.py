@@ -7,7 +7,7 @@ Every chart carries a description for readers who cannot see it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 INK, MUTED, GRID = "#26302b", "#68736d", "#e4e8e5"
+_FEW = 12  # a curve of so few values shows each
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,14 @@ def _thin(values: Sequence[tuple[float, float]], most: int = 400) -> list[tuple[
     return [(chunk[-1][0], sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]
 
 
+def _legend_columns(names: Iterable[str]) -> tuple[int, float]:
+    """(columns, width of one) so that the longest name fits; an entry has a line of 21 before it."""
+    room = _Frame.width - _Frame.left - _Frame.right
+    need = 21 + 8 + 5.8 * max(len(name) for name in names)
+    columns = max(1, min(3, int(room / need)))
+    return columns, room / columns
+
+
 def lines(
     series: Mapping[str, tuple[str, Sequence[tuple[float, float]]]],
     x_label: str,
@@ -193,12 +202,14 @@ def lines(
         return ""
     every = [value for _, values in clean.values() for value in values]
     ys = [y for _, y in every]
-    rows = math.ceil(len(clean) / 3)
+    columns, column = _legend_columns(clean)
+    rows = math.ceil(len(clean) / columns)
     last = max(x for x, _ in every)
     x_ticks = nice_ticks(min(x for x, _ in every), last)
     frame = _Frame(
         [tick for tick in x_ticks if tick <= last] if last > x_ticks[0] else x_ticks,
         nice_ticks(min(0.0, *ys), max(max(ys), 1e-9)),
+        height=_Frame.height + 18 * (rows - 1),
         top=16 + 18 * rows,
         x_end=last if last > x_ticks[0] else None,
     )
@@ -209,7 +220,12 @@ def lines(
         body.append(
             f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.8" stroke-linejoin="round"{dash}/>'
         )
-        x, y = frame.left + (index % 3) * 138, 14 + 18 * (index // 3)
+        if len(values) <= _FEW:
+            body += [
+                f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.6" fill="{colour}"/>'
+                for x, y in values
+            ]
+        x, y = frame.left + (index % columns) * column, 14 + 18 * (index // columns)
         body.append(
             f'<line x1="{x}" x2="{x + 16}" y1="{y - 4}" y2="{y - 4}" stroke="{colour}" stroke-width="2.5"{dash}/>'
         )

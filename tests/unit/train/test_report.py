@@ -55,6 +55,29 @@ def test_long_curves_are_thinned() -> None:
     assert len(text) < 12_000
 
 
+@pytest.mark.parametrize("longest", [6, 22, 34, 60])
+def test_names_of_curves_do_not_run_into_each_other(longest: int) -> None:
+    names = ["n" * longest, *(f"curve {i}" for i in range(5))]
+    svg = svg_of(charts.lines({name: ("#111", [(0, 1), (1, 2)]) for name in names}, "x", "y", "l"))
+    places = {
+        text.text: (float(text.get("x", 0)), text.get("y"))
+        for text in svg.iter("{http://www.w3.org/2000/svg}text")
+        if text.text in names
+    }
+    assert len(places) == len(names)
+    first, row = places[names[0]]
+    beside = [x for x, y in places.values() if y == row and x > first]
+    assert all(first + 5.8 * longest < x - 21 for x in beside)
+    assert longest < 30 or not beside
+
+
+def test_curves_of_few_values_show_each() -> None:
+    few, many = ([(float(i), float(i)) for i in range(n)] for n in (4, 40))
+    for values, dots in ((few, 4), (many, 0)):
+        svg = svg_of(charts.lines({"a": ("#111", values)}, "x", "y", "l"))
+        assert len(list(svg.iter("{http://www.w3.org/2000/svg}circle"))) == dots
+
+
 def test_kept_bars_are_as_long_as_the_kept_share() -> None:
     svg = svg_of(charts.kept_bars([("0 FFN", 128, 512), ("1 FFN", 512, 512)], "#123456", "kept"))
     rects = [r for r in svg.iter("{http://www.w3.org/2000/svg}rect")]
