@@ -149,13 +149,14 @@ READERS = (
         when=lambda config: config.data.region.probability > 0,
     ),
     Reader(("eval.top_k",), "task {task} ranks nothing", tasks=("vqa", "retrieval")),
+    Reader(("eval.annotators",), "task {task} scores no answers", tasks=("vqa",)),
     Reader(
         ("eval.beams", "eval.max_length", "eval.min_length"),
         "task {task} writes no captions",
         tasks=("captioning",),
     ),
     Reader(
-        ("eval.samples", "eval.batch", "eval.min_length"),
+        ("eval.samples", "eval.batch", "eval.min_length", "eval.annotators"),
         "nothing is evaluated without data.val",
         when=_evaluates,
     ),

@@ -76,5 +76,7 @@ def check_stage(config: RunConfig) -> None:
             )
     if config.initialise.task_vector is not None and config.teacher.path is None:
         raise ValueError("initialise.task_vector: needs teacher.path, the fine-tuned teacher")
+    if config.eval.annotators is not None and config.eval.annotators < 1:
+        raise ValueError(f"eval.annotators: {config.eval.annotators} is not a number of people")
     if not 0 <= config.label_smoothing < 1:
         raise ValueError(f"label_smoothing: {config.label_smoothing} is not in [0, 1)")

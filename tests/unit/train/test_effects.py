@@ -37,6 +37,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "data.region.probability=0.5": ("pretrain",),
     "data.region_train=elsewhere": ("pretrain",),
     "eval.top_k=3": ("vqa", "retrieval"),
+    "eval.annotators=10": ("vqa",),
     "eval.beams=2": ("captioning",),
     "eval.max_length=30": ("captioning",),
     "eval.min_length=3": ("captioning",),
