@@ -145,6 +145,7 @@ class VqaBatch(Batch):
         answer_weight: (A,) float32, share of annotators (sums to at most 1 for each question).
         answers: B dicts answer -> weight, as annotated (for metrics and pictures; plain strings).
         questions: B question strings.     question_types: B type names ("" where unknown).
+        question_names: B `question_id` of the records; () in batches that no data set made.
     """
 
     question_ids: Tensor
@@ -156,3 +157,4 @@ class VqaBatch(Batch):
     answers: tuple[dict[str, float], ...]
     questions: tuple[str, ...]
     question_types: tuple[str, ...]
+    question_names: tuple[str, ...] = ()

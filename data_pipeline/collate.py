@@ -346,4 +346,5 @@ class VqaAssembler(Assembler):
             answers=tuple(question.answers for question in questions),
             questions=tuple(question.question for question in questions),
             question_types=tuple(question.kind for question in questions),
+            question_names=tuple(question.question_id for question in questions),
         )

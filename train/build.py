@@ -132,7 +132,7 @@ def _plain_task(
     common = (config.loss, config.kd, student.config, theirs)
     pairs = (config.negatives == "global", config.itc_scaling == "published")
     if config.task == "vqa":
-        return VqaTask(*common, answers, config.eval.top_k)
+        return VqaTask(*common, answers, config.eval.top_k, config.eval.annotators)
     if config.task == "nlvr2":
         return Nlvr2Task(*common)
     if config.task == "nlvr2_pretrain":

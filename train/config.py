@@ -297,7 +297,9 @@ class EvalConfig:
     """Validation during training: every `every` general steps (0: only at the end), on `samples`
     samples (0: all). `top_k`: answers kept after the first token when VQA ranks its answer list, and
     candidates that retrieval ranks again by the matching head. `beams`, `max_length`, `min_length`:
-    of captions, lengths in tokens with [CLS] and prompt.
+    of captions, lengths in tokens with [CLS] and prompt. `annotators`: of a VQA question; 10 scores
+    min(n/3, 1) as the official rule does, None by the annotators' share (`espalier eval
+    --annotators`).
     """
 
     every: int = 0
@@ -307,6 +309,7 @@ class EvalConfig:
     beams: int = 3
     max_length: int = 20
     min_length: int = 5
+    annotators: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -257,7 +257,7 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def _warn(config: object, sources: dict[str, str]) -> None:
-    from train.recipes_io import ineffective_keys
+    from train.effects import ineffective_keys
 
     if _is_first_rank():
         for line in ineffective_keys(config, sources):  # type: ignore[arg-type]

@@ -22,7 +22,6 @@ __all__ = [
     "dump_run_yaml",
     "find_recipe",
     "flatten",
-    "ineffective_keys",
     "load_run_config",
     "nearest",
     "schema",
@@ -189,29 +188,6 @@ def _explain(error: ValidationError, recipe: Path, overridden: set[str]) -> str:
             message = f"{item['msg']} (got {item.get('input')!r})"
         lines.append(f"{where}: {key}: {message}")
     return "\n".join(lines)
-
-
-def ineffective_keys(config: RunConfig, sources: dict[str, str]) -> list[str]:
-    """Warnings for keys that somebody wrote and that do nothing in this run."""
-    given = [key for key, source in sources.items() if source != "default"]
-    idle: dict[str, str] = {}
-    if config.stage != "prune":
-        idle["prune."] = f"stage {config.stage} does not prune"
-    if config.stage == "trim":
-        idle["teacher."] = "stage trim learns from its own full pass"
-    if config.stage == "pretrain":
-        idle["kd."] = idle["teacher."] = "stage pretrain has no teacher"
-    if config.task != "pretrain":
-        idle["data.region."] = f"task {config.task} has no region batches"
-        idle["data.mlm_"] = f"task {config.task} masks no words"
-    else:
-        idle["data.rows_per_image"] = "task pretrain draws one caption per image"
-    return [
-        f"{key} has no effect: {why}"
-        for key in given
-        for start, why in idle.items()
-        if key.startswith(start)
-    ]
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:

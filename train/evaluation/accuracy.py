@@ -18,6 +18,7 @@ __all__ = [
     "hidden_answers",
     "questions_of",
     "require_form",
+    "table",
     "tokenizer_of",
     "vqa_loader",
 ]
@@ -93,7 +94,7 @@ def hidden_answers(split: Path | str) -> str:
     return (
         f"{split}: no question has an answer: this split's answers are hidden (as those of test-dev "
         "and test-std), and accuracy needs them; take a split with answers, such as val, or ask for "
-        "the model's answers with espalier predict"
+        "the model's answers: espalier predict one, espalier eval --answers-out FILE all of them"
     )
 
 
@@ -121,32 +122,57 @@ def evaluate_model(
     annotators: int | None = None,
     blind: bool = True,
     device: str = "cpu",
+    answers_out: Path | None = None,
 ) -> dict[str, float]:
     """VQA accuracy of a model folder, overall and per type, and the blind baseline's.
+
+    Args:
+        answers_out: also write every answer there (`server_answers`). Then a split may hide its
+            answers, too: the result says the "answered_count" of questions, and has no accuracy.
 
     Raises:
         FileNotFoundError: no such split, model, tokenizer or answer list; or, with `blind`, no
             training split beside it.
-        ValueError: a model of another form, or a split whose answers are hidden.
+        ValueError: a model of another form, a split whose answers are hidden, or, with
+            `answers_out`, a limit or questions without numbers.
     """
     from models import from_pretrained
     from train.evaluation.runner import evaluate
-    from train.evaluation.vqa import AnswerList, VqaEvaluator
+    from train.evaluation.server_answers import AnsweringEvaluator, question_numbers, write_answers
+    from train.evaluation.vqa import AnswerList
 
     where = find_split(data, "vqa", split)
     # Before the work that would be lost.
-    if not any(answers for _, _, answers in questions_of(where, limit)):
+    hidden = not any(answers for _, _, answers in questions_of(where, limit))
+    if hidden and answers_out is None:
         raise ValueError(hidden_answers(where))
-    train = _training_split(where) if blind else None
+    if limit and answers_out is not None:
+        raise ValueError("--answers-out is for a whole split, of which --limit takes a part")
+    numbers = {} if answers_out is None else question_numbers(where)
+    train = _training_split(where) if blind and not hidden else None
     model = from_pretrained(folder, device=device)
     require_form(model, "vqa", folder)
     tokenizer = tokenizer_of(folder, where)
-    task = VqaEvaluator(AnswerList.load(where, tokenizer).to(device), top_k, published, annotators)
+    answers = AnswerList.load(where, tokenizer).to(device)
+    task = AnsweringEvaluator(answers, top_k, published, annotators)
     loader = vqa_loader(where, tokenizer, model, batch, max_tokens, limit)
     result = evaluate(model, task, loader, progress=True)
+    if answers_out is not None:
+        write_answers(answers_out, task.said, numbers)
+        result = ({} if hidden else result) | {"answered_count": float(len(numbers))}
     if train is not None:
         result |= blind_scores(train, where, limit, annotators)
     return result
+
+
+def table(result: dict[str, float]) -> str:
+    """The accuracies as lines for people, in percent; blind ones beside."""
+    lines = []
+    for name in sorted(key for key in result if not key.endswith("_count") and "blind" not in key):
+        blind = result.get(f"blind_{name}")
+        beside = "" if blind is None else f"   blind {100 * blind:6.2f} %"
+        lines.append(f"  {name:28s} {100 * result[name]:6.2f} %{beside}")
+    return "\n".join(lines)
 
 
 def vqa_loader(

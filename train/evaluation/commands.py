@@ -132,6 +132,13 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-blind", action="store_true", help="leave the language-only baseline out"
     )
+    parser.add_argument(
+        "--answers-out",
+        type=Path,
+        metavar="FILE",
+        help="vqa: also write the answer to every question of the split, as the evaluation server "
+        "takes them; the split's own answers may be hidden (test-dev, test-std)",
+    )
     _captions(parser)
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers here")
     _shared(parser)
@@ -222,8 +229,10 @@ def _eval_downstream(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     if args.task != "vqa":
+        if args.answers_out is not None:
+            raise ValueError(f"--answers-out is for --task vqa, not {args.task}")
         return _eval_downstream(args)
-    from train.evaluation.accuracy import evaluate_model
+    from train.evaluation.accuracy import evaluate_model, table
 
     result = evaluate_model(
         args.model,
@@ -237,13 +246,20 @@ def _eval(args: argparse.Namespace) -> int:
         annotators=args.annotators,
         blind=not args.no_blind,
         device=args.device,
+        answers_out=args.answers_out,
     )
-    _write(args.json, {"model": str(args.model), "task": args.task, "split": args.split} | result)
-    print(f"{args.model}: {args.task} {args.split}, {result['accuracy_count']:.0f} questions")
-    for name in sorted(key for key in result if not key.endswith("_count") and "blind" not in key):
-        blind = result.get(f"blind_{name}")
-        beside = "" if blind is None else f"   blind {100 * blind:6.2f} %"
-        print(f"  {name:28s} {100 * result[name]:6.2f} %{beside}")
+    scored = "accuracy" in result
+    about = {"model": str(args.model), "task": args.task, "split": args.split}
+    if args.answers_out is not None:
+        about |= {"answers_out": str(args.answers_out), "answers": "known" if scored else "hidden"}
+    _write(args.json, about | result)
+    counted = result.get("accuracy_count", result.get("answered_count", 0))
+    print(
+        f"{args.model}: {args.task} {args.split}, {counted:.0f} questions\n{table(result)}".rstrip()
+    )
+    if args.answers_out is not None:
+        beside = "" if scored else "; the split hides its own, so there is no score"
+        print(f"{result['answered_count']:.0f} answers in {args.answers_out}{beside}")
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ __all__ = [
     "normalise",
     "rank_answers",
     "rank_states",
+    "score_batch",
     "vqa_score",
 ]
 
@@ -207,12 +208,19 @@ def evaluate_batch(
 
     A question whose answers are hidden is not counted.
     """
-    predictions = rank_answers(model, batch, answers, top_k, published).tolist()
+    chosen = rank_answers(model, batch, answers, top_k, published).tolist()
+    return score_batch([answers.strings[place] for place in chosen], batch, annotators)
+
+
+def score_batch(
+    predictions: Sequence[str], batch: VqaBatch, annotators: int | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What `evaluate_batch` says of B predictions."""
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for row, valid in enumerate(batch.valid.tolist()):
         if not valid or not batch.answers[row]:
             continue
-        score = vqa_score(answers.strings[predictions[row]], batch.answers[row], annotators)
+        score = vqa_score(predictions[row], batch.answers[row], annotators)
         kind = batch.question_types[row]
         for name in ("accuracy", f"accuracy/{kind}") if kind else ("accuracy",):
             sums[name][0] += score

@@ -32,7 +32,8 @@ def parameter_groups(
     Biases, norm weights and every other parameter of at most one dimension do not decay. Parameters
     below a module named in `new_modules` (or named there themselves) get `new_lr_multiplier`
     (EfficientVLM section 4). With `optim.published_decay` the norm weights inside the MLP heads and
-    the temperature do decay: the published rule goes by names and misses theirs.
+    the temperature do decay: the published rule goes by names and misses theirs. A multiplier
+    without anything new is warned of.
 
     Args:
         extras: modules trained beside the student (`Task.trainable_modules`), all of them new.
@@ -67,6 +68,12 @@ def parameter_groups(
             f"{', '.join(sorted(unmatched))}"
         )
     kept = [group for group in groups.values() if group["params"]]
+    if optim.new_lr_multiplier != 1.0 and not any(
+        groups[key]["params"] for key in groups if key[1]
+    ):
+        _LOG.warning(
+            "optim.new_lr_multiplier has no effect: no trained parameter is fresh beside loaded ones"
+        )
     for group in kept:
         group["lr"] = optim.lr * group["lr_multiplier"]
     return kept

@@ -1,20 +1,14 @@
-"""What must hold between sections of a run file: errors before anything is built, warnings for dead
-keys.
-"""
+"""What must hold between sections of a run file: errors before anything is built."""
 
 from __future__ import annotations
 
 import difflib
-import logging
-from pathlib import Path
 
-from train.config import KdConfig, RunConfig
-from train.data_config import RegionConfig
+from train.config import RunConfig
 from train.pruning.check import check_budget
 
 __all__ = ["check_stage"]
 
-_LOG = logging.getLogger(__name__)
 _TERMS = {
     "pretrain": ("itc", "itm", "mlm", "box_l1", "box_giou"),
     "vqa": ("answer",),
@@ -27,9 +21,7 @@ _TERMS = {
 
 
 def check_stage(config: RunConfig) -> None:
-    """Raises ValueError on contradictions; logs a warning for every section without effect in this
-    stage.
-    """
+    """Raises ValueError on contradictions. What has no effect is told by `train.effects`."""
     needs_task = {"pretrain": "pretrain", "distill": "pretrain"}.get(config.stage)
     if needs_task is not None and config.task != needs_task:
         raise ValueError(
@@ -62,6 +54,11 @@ def check_stage(config: RunConfig) -> None:
             "teacher.path: stage trim learns from its own full pass (trim.distil_weight); leave "
             "teacher.path out"
         )
+    if config.stage == "pretrain" and config.teacher.path is not None:
+        raise ValueError(
+            "teacher.path: stage pretrain learns without a teacher; leave teacher.path out, or set "
+            "stage=distill"
+        )
     if config.trim is not None and config.trim.guided and config.task == "retrieval":
         raise ValueError(
             "trim.guided: in retrieval a picture is encoded once for many texts, none of which could "
@@ -79,18 +76,7 @@ def check_stage(config: RunConfig) -> None:
             )
     if config.initialise.task_vector is not None and config.teacher.path is None:
         raise ValueError("initialise.task_vector: needs teacher.path, the fine-tuned teacher")
-    if config.teacher.path is None and config.kd != KdConfig():
-        _LOG.warning("kd: has no effect without teacher.path")
-    from_folder = isinstance(config.model, str) and (Path(config.model) / "config.json").is_file()
-    # Trimmers are fresh beside whatever the model has.
-    all_new = config.initialise.source == "random" and not from_folder and config.trim is None
-    if config.optim.new_lr_multiplier != 1.0 and all_new:
-        _LOG.warning(
-            "optim.new_lr_multiplier: has no effect, no module is fresh beside loaded ones"
-        )
+    if config.eval.annotators is not None and config.eval.annotators < 1:
+        raise ValueError(f"eval.annotators: {config.eval.annotators} is not a number of people")
     if not 0 <= config.label_smoothing < 1:
         raise ValueError(f"label_smoothing: {config.label_smoothing} is not in [0, 1)")
-    if config.task != "captioning" and config.label_smoothing:
-        _LOG.warning("label_smoothing: has no effect for task %s", config.task)
-    if config.task != "pretrain" and config.data.region != RegionConfig():
-        _LOG.warning("data.region: has no effect for task %s", config.task)

@@ -71,6 +71,7 @@ class VqaTask(Distils):
     Args:
         answers: candidate answers for evaluation; None when the task only trains.
         top_k: candidates kept after the first answer token (published: 128).
+        annotators: how an answer is scored, see `vqa_score`.
     """
 
     name = "vqa"
@@ -83,6 +84,7 @@ class VqaTask(Distils):
         teacher: ModelConfig | None,
         answers: AnswerList | None = None,
         top_k: int = 128,
+        annotators: int | None = None,
     ) -> None:
         self.weights = weights
         self.kd = kd
@@ -92,6 +94,7 @@ class VqaTask(Distils):
             self.projections = hidden_projections(student, teacher)
         self.answers = answers
         self.top_k = top_k
+        self.annotators = annotators
 
     def counts(self, batch: VqaBatch) -> dict[str, Tensor]:
         """Questions, answer positions, those of real tokens, and the answers' weight: images have
@@ -232,4 +235,4 @@ class VqaTask(Distils):
             raise ValueError(
                 "vqa evaluation ranks an answer list; the data folder has no answers.json"
             )
-        return evaluate_batch(model, batch, self.answers, self.top_k)
+        return evaluate_batch(model, batch, self.answers, self.top_k, annotators=self.annotators)

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.config import UserError
+from train.effects import ineffective_keys
 from train.recipes_io import (
     dump_run_yaml,
     find_recipe,
     flatten,
-    ineffective_keys,
     load_run_config,
     to_plain,
 )

@@ -197,6 +197,7 @@ def test_a_pruned_student_differs_from_the_distilled_one_in_pruning_alone(task):
         ("blocksworld-nlvr2-prune", "task=nlvr2_pretrain", "prune task nlvr2"),
         ("blocksworld-nlvr2-trim", "task=nlvr2_pretrain", "trim task nlvr2"),
         ("blocksworld-retrieval-trim", "trim.guided=true", "trim.guided"),
+        ("blocksworld-prune", "eval.annotators=0", "eval.annotators"),
         ("blocksworld-distill", 'loss={"mlmm": 1.0}', "did you mean mlm"),
     ],
 )

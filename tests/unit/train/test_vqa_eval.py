@@ -14,9 +14,13 @@ from models import presets
 from models.outputs import EncoderOutput
 from models.xvlm import XVLM
 from tests.unit.train.synthetic import synthetic_batch
+from train.build import build_task
+from train.config import EvalConfig, RunConfig
+from train.data_config import DataConfig
 from train.evaluation import runner, vqa
 from train.evaluation.pictures import vqa_pictures
 from train.evaluation.vqa import AnswerList, BlindBaseline, rank_answers, vqa_score
+from train.trim_config import TrimConfig
 
 
 class Words:
@@ -286,3 +290,21 @@ def test_runner_adds_up_ranks_that_saw_different_types(monkeypatch) -> None:
     result = runner.evaluate(torch.nn.Linear(1, 1), task, loader, dist)  # type: ignore[arg-type]
     assert result["accuracy"] == 0.5 and result["accuracy_count"] == 10.0
     assert result["accuracy/count"] == 0.8 and result["accuracy/shape"] == 0.2
+
+
+@pytest.mark.parametrize("stage", ["finetune", "trim"])
+@pytest.mark.parametrize(("annotators", "expected"), [(None, 0.2), (10, 2 / 3)])
+def test_validation_of_a_run_scores_by_its_annotators(model, answers, stage, annotators, expected):
+    trim = TrimConfig() if stage == "trim" else None
+    config = RunConfig(
+        stage=stage, task="vqa", out="x", data=DataConfig(train="x"), model="x", trim=trim,
+        eval=EvalConfig(annotators=annotators, top_k=4),
+    )  # fmt: skip
+    # Two of ten annotators gave whatever the model says.
+    said = dict.fromkeys(answers.strings, 0.2)
+    batch = synthetic_batch(3, 48, 5, answers, vocabulary=80)
+    batch = dataclasses.replace(batch, answers=(said,) * 3)
+    task = build_task(config, model, None, answers)
+    with torch.no_grad():
+        total, count = task.evaluate(model, batch)["accuracy"]
+    assert float(total / count) == pytest.approx(expected)
