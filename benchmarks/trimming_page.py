@@ -283,6 +283,31 @@ def _verdict(told: Mapping[str, Any]) -> str:
     )
 
 
+def _in_time(told: Mapping[str, Any], batch: str = "32") -> list[str]:
+    """Whether a baseline, at any of the budgets, is as fast (within 2 %) and loses no more."""
+    timed = {
+        (budget, kind): (row["speedup"]["median"], -100 * method["minus_dense"]["mean"])
+        for budget, each in told["budgets"].items()
+        for kind, method in each["methods"].items()
+        if kind != "self" and (row := latency_of(each, kind, batch))
+    }
+    lines = []
+    for budget in told["budgets"]:
+        if (budget, "trim") not in timed:
+            continue
+        speedup, lost = timed[budget, "trim"]
+        better = [
+            f"{SAID[kind]} at budget {other} ({their:.2f}x, {lose:.2f} lost)"
+            for (other, kind), (their, lose) in timed.items()
+            if kind != "trim" and their >= 0.98 * speedup and lose <= lost
+        ]
+        lines.append(
+            f"- By the time of a batch of {batch}, budget {budget} ({speedup:.2f}x, {lost:.2f} lost): "
+            + (f"not ahead of {'; '.join(better)}." if better else "ahead of all.")
+        )
+    return [*lines, ""] if lines else []
+
+
 def page(result: Mapping[str, Any], stem: str = "trimming-results") -> str:
     """The page from trimming.json alone."""
     lines = [
@@ -315,6 +340,7 @@ def page(result: Mapping[str, Any], stem: str = "trimming-results") -> str:
             "",
             _verdict(told),
             "",
+            *_in_time(told),
         ]
         lines += [f"![{name}]({stem}-{name}.svg)" for name in drawn if name.startswith(task)]
         lines.append("")

@@ -335,6 +335,31 @@ def test_the_file_and_the_page_say_what_the_cells_found(tmp_path):
     assert "merging (ToMe)" in (tmp_path / "trimming-results-vqa-macs.svg").read_text()
 
 
+def test_a_baseline_that_is_as_fast_and_loses_less_is_named():
+    def method(lost: float) -> dict:
+        return {"minus_dense": {"mean": -lost / 100}}
+
+    def times(**speedup: float) -> dict:
+        return {kind: {"median": 1 / x, "speedup": {"median": x}} for kind, x in speedup.items()}
+
+    budgets = {
+        "0.5": {
+            "methods": {"trim": method(1.0), "uniform": method(4.0), "tome": method(9.0)},
+            "latency": {"32": times(trimmed=1.5, uniform=1.99, tome=3.0)},
+        },
+        "0.35": {"methods": {"trim": method(5.0)}, "latency": {"32": times(trimmed=2.0)}},
+    }
+    assert trimming_page._in_time({"budgets": budgets}) == [
+        "- By the time of a batch of 32, budget 0.5 (1.50x, 1.00 lost): ahead of all.",
+        "- By the time of a batch of 32, budget 0.35 (2.00x, 5.00 lost): not ahead of learned "
+        "scores, fixed counts at budget 0.5 (1.99x, 4.00 lost).",
+        "",
+    ]
+    for each in budgets.values():
+        del each["latency"]
+    assert trimming_page._in_time({"budgets": budgets}) == []
+
+
 def test_speed_models_cost_what_they_are_to_cost():
     answers = Workload(answers=16).answer_list(80)
     base = presets.config(
