@@ -8,10 +8,11 @@ applied general steps.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from data_pipeline.batches import Batch
 from train.checkpoint import state as run_state
 from train.checkpoint.same_config import check_config
+from train.checkpoint.selection import SELECTED, select
 from train.config import RunConfig, UserError
 from train.monitor.deepspeed import attach
 from train.monitor.watchdog import StallWatchdog
@@ -318,13 +320,25 @@ def validate(run: Run, step: int, stop: StopFlag | None = None) -> dict[str, Any
 
 def _finish(run: Run, progress: Progress) -> None:
     """Last checkpoint and the model folder. A run with gates is cut and saved by its stage, not
-    here.
+    here. With `checkpoint.best` the engine holds the best checkpoint's weights from here on.
     """
     save(run, progress, wait=True)
+    _select(run, progress.step)
     if run.gates is None:
         save_model(run)
     run.monitor.finished()
     _LOG.info("done: %d steps, %d samples", progress.step, progress.samples)
+
+
+def _select(run: Run, last: int) -> None:
+    """Loads the best weights, and says in the run directory which they are."""
+    report.at("choosing the best checkpoint")
+    selected = select(run.checkpoints, run.engine, last)
+    if run.dist.rank == 0:
+        path = run.directory / SELECTED
+        path.unlink(missing_ok=True)  # of an earlier end of this run
+        if selected is not None:
+            path.write_text(json.dumps(asdict(selected), indent=2) + "\n", encoding="utf-8")
 
 
 def save_model(run: Run) -> None:
