@@ -1,6 +1,7 @@
 """The table at the end of a queue: each job's metrics, sparsity and speed, read from its run directory.
 
     metrics.jsonl   numbers of the last validation        eval.json    of espalier eval --json
+    selected.json   of which step they are, where it is not the last (checkpoint.best)
     sparsity.json   what pruning removed                  bench.json   of espalier bench --json
 
 What has no file has no value. As text for people, CSV for spreadsheets and JSON for programs.
@@ -57,7 +58,8 @@ def _row(job: _Job, state: Mapping[str, Any]) -> dict[str, Any]:
 
 def results(out: Path) -> dict[str, float]:
     """Numbers of a run directory by column."""
-    row = {**_validation(out / "metrics.jsonl"), **_numbers(_json(out / "eval.json"))}
+    selected = _json(out / "selected.json").get("step")
+    row = {**_validation(out / "metrics.jsonl", selected), **_numbers(_json(out / "eval.json"))}
     pruned = _json(out / "sparsity.json").get("prunable", {})
     if isinstance(pruned, dict) and "sparsity" in pruned:
         row["sparsity"] = pruned["sparsity"]
@@ -97,19 +99,22 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _validation(path: Path) -> dict[str, float]:
-    """The last validation of a run."""
+def _validation(path: Path, step: int | None = None) -> dict[str, float]:
+    """The last validation of a run, or of one of its steps."""
     if not path.is_file():
         return {}
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL))
+        if step is None:
+            file.seek(max(0, path.stat().st_size - _TAIL))
         lines = file.read().decode("utf-8", errors="replace").splitlines()
     for line in reversed(lines):
         try:
             found = json.loads(line)
         except ValueError:  # the first line may be cut, the last one half written
             continue
-        if isinstance(found, dict) and isinstance(found.get("validation"), dict):
+        if not isinstance(found, dict) or step not in (None, found.get("step")):
+            continue
+        if isinstance(found.get("validation"), dict):
             return _numbers(found["validation"])
     return {}
 

@@ -283,7 +283,7 @@ def build(config: RunConfig, dist: Distributed) -> Run:
         open_monitor=lambda step: _open_monitor(run, step),
         # Until the loop knows where it resumes, a monitor that writes nothing stands in.
         monitor=Monitor(directory, config.optim.steps, 1, config.log),
-        checkpoints=CheckpointManager.of(config.checkpoint, checkpoints, run_id(config)),
+        checkpoints=CheckpointManager.of(config, checkpoints, run_id(config)),
         tokenizer=tokenizer,
         validate=None,
         pictures=None,

@@ -263,7 +263,9 @@ class EngineConfig:
 class CheckpointConfig:
     """A checkpoint every `every` general steps (0: only at the end). The last `keep` stay, and those
     at multiples of `keep_every` (0: none), and the best by the validation metric `best`, which is
-    saved when it is measured. `asynchronous`: written by a thread while training goes on.
+    saved when it is measured, and whose weights the run ends with (see checkpoint.selection for
+    what counts where a model is pruned or trimmed). `asynchronous`: written by a thread while
+    training goes on.
     """
 
     every: int = 500

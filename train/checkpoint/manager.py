@@ -20,17 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.checkpoint import manifest, reshard, scan
-from train.checkpoint.find import LATEST, find_valid, tags_of
+from train.checkpoint.find import LATEST, examine, find_valid, tags_of
 from train.checkpoint.manifest import ManifestError
 from train.checkpoint.peers import Peers
-from train.checkpoint.retention import Best, Retention, scores_of, stays
-from train.config import CheckpointConfig, UserError
+from train.checkpoint.retention import Best, Retention, stays
+from train.checkpoint.selection import first_judged
+from train.config import RunConfig, UserError
 from train.provenance import provenance
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-
-    from train.checkpoint.staging import StagingEngine
 
 __all__ = ["CheckpointManager", "SaveError"]
 
@@ -52,7 +51,8 @@ class CheckpointManager:
         keep: how many complete checkpoints stay.
         run_id: identity of the run; None keeps one in the folder, made at the first save.
         keep_every: a checkpoint at a multiple of this many steps stays for good; 0 is none.
-        best: validation metric whose best checkpoint stays, too.
+        best: validation metric whose best checkpoint stays, too.   first: step from which on its
+            values count.
         asynchronous: write in a thread, while training goes on; a save then only copies. The next
             save waits for the one before.
     All methods are collective, and are called by the main thread.
@@ -66,11 +66,12 @@ class CheckpointManager:
         *,
         keep_every: int = 0,
         best: str | None = None,
+        first: int = 0,
         asynchronous: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.rule = Retention(keep, keep_every, best)
-        self.best = Best(best)
+        self.best = Best(best, first)
         self.asynchronous = asynchronous
         self._given_id = run_id
         self._peers = Peers()
@@ -79,17 +80,17 @@ class CheckpointManager:
         self._position = -1  # step that was loaded or saved last
 
     @classmethod
-    def of(
-        cls, config: CheckpointConfig, folder: Path, run_id: str | None = None
-    ) -> CheckpointManager:
+    def of(cls, config: RunConfig, folder: Path, run_id: str | None = None) -> CheckpointManager:
         """The manager that a run file asks for."""
+        asked = config.checkpoint
         return cls(
             folder,
-            config.keep,
+            asked.keep,
             run_id,
-            keep_every=config.keep_every,
-            best=config.best,
-            asynchronous=config.asynchronous,
+            keep_every=asked.keep_every,
+            best=asked.best,
+            first=first_judged(config),
+            asynchronous=asked.asynchronous,
         )
 
     # Saving
@@ -192,9 +193,9 @@ class CheckpointManager:
 
     def _stage(self, engine: DeepSpeedEngine, tag: str, state: dict[str, Any]) -> dict[Path, Any]:
         """This rank's files, in host memory."""
-        from train.checkpoint.staging import host_copy
+        from train.checkpoint.staging import host_copy, staging_engine
 
-        staging = _staging_engine(engine)
+        staging = staging_engine(engine)
         engine.save_checkpoint(str(self.folder), tag=tag, save_latest=False)
         files = staging.take()
         files[self.folder / tag / _state_name(self._peers.rank)] = host_copy(state)
@@ -245,20 +246,23 @@ class CheckpointManager:
     def _publish(self, tag: str) -> None:
         try:
             manifest.replace_text(self.folder / LATEST, tag + "\n")
-            complete = []
-            for name in tags_of(self.folder):
-                try:
-                    complete.append(manifest.read(self.folder / name))
-                except ManifestError as error:
-                    # Neither counted nor removed: the next start says what is wrong with it.
-                    _LOG.warning("checkpoint not counted: %s", error)
-            scores = scores_of(complete, self.rule.best)
+            scores = self._scores()
             for step in scores.keys() - stays(scores, self.rule):
                 self._remove(self.folder / manifest.tag_of(step))
         except OSError as error:
             raise SaveError(
                 f"{tag} is saved, but older checkpoints could not be tidied up: {error}"
             ) from error
+
+    def _scores(self) -> dict[int, float | None]:
+        complete = []
+        for name in tags_of(self.folder):
+            try:
+                complete.append(manifest.read(self.folder / name))
+            except ManifestError as error:
+                # Neither counted nor removed: the next start says what is wrong with it.
+                _LOG.warning("checkpoint not counted: %s", error)
+        return self.best.scores_of(complete)
 
     @staticmethod
     def _remove(folder: Path) -> None:
@@ -314,8 +318,27 @@ class CheckpointManager:
             self._position = values["step"]
         return self._load_state(target, values)
 
+    def scores(self) -> dict[int, float | None]:
+        """Step of each complete checkpoint -> its value of `best`; None where none counts."""
+        return self._peers.from_rank_0(self._scores)
+
+    def load_weights(self, engine: DeepSpeedEngine, step: int) -> str | None:
+        """Puts what the engine held after `step` into it, and changes nothing else of where the run
+        stands. Returns what is wrong when that checkpoint is damaged; nothing is loaded then.
+        """
+        folder = self.folder / manifest.tag_of(step)
+        values, problem = examine(self._peers, folder)
+        run_id = self._run_id(create=False)
+        if problem is None and values["run_id"] != run_id:
+            problem = f"{folder} belongs to another run ({values['run_id'][:64]})"
+        if problem is None:
+            self._load_engine(engine, folder, values)
+        return problem
+
     def _load_engine(self, engine: DeepSpeedEngine, target: Path, values: dict[str, Any]) -> None:
-        _staging_engine(engine)
+        from train.checkpoint.staging import staging_engine
+
+        staging_engine(engine)
         if values.get("layout") != reshard.layout_of(engine):
             reshard.load(engine, target, values, self._peers)
             return
@@ -365,24 +388,3 @@ def _state_name(rank: int) -> str:
 
 
 _provenance = functools.cache(provenance)
-
-
-def _staging_engine(engine: DeepSpeedEngine) -> StagingEngine:
-    """The engine's reader and writer of files, ours from now on. Raises UserError when the settings
-    ask for another.
-    """
-    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-
-    from train.checkpoint.staging import StagingEngine
-
-    current: Any = engine.checkpoint_engine
-    if isinstance(current, StagingEngine):
-        return current
-    if not isinstance(current, TorchCheckpointEngine):
-        raise UserError(
-            "engine.config: checkpoint.writer: checkpoints are written by this program (set "
-            "checkpoint.asynchronous in the run file): leave it out"
-        )
-    staging: Any = StagingEngine()  # a CheckpointEngine; DeepSpeed's type lists its own ones only
-    engine.checkpoint_engine = staging
-    return staging

@@ -253,10 +253,14 @@ def _step(base: Any, step: float) -> Any:
 
 
 def _packed(engine: Any, base: Any, entries: list[_Entry]) -> dict[str, Any]:
-    """The optimizer's own state dict, its parameters numbered. ZeRO 3 takes them out of the groups
-    between two steps.
+    """The optimizer's own state dict without moments, its parameters numbered. ZeRO 3 takes them out
+    of the groups between two steps, where torch cannot number those that have moments already.
     """
-    packed = base.state_dict()
+    moments, base.state = base.state, type(base.state)(dict)
+    try:
+        packed = base.state_dict()
+    finally:
+        base.state = moments
     groups = [dict(group) for group in packed["param_groups"]]
     for number, group in enumerate(groups):
         group["params"] = [i for i, entry in enumerate(entries) if entry.group == number]

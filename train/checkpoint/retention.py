@@ -10,7 +10,7 @@ from typing import Any
 from train.config import UserError
 from train.recipes_io import nearest
 
-__all__ = ["Best", "Retention", "lower_is_better", "stays"]
+__all__ = ["Best", "Retention", "best_first", "lower_is_better", "stays"]
 
 _FALLING = ("loss", "error", "perplexity")
 
@@ -39,18 +39,19 @@ def stays(scores: Mapping[int, float | None], rule: Retention) -> set[int]:
     kept = set(steps[: max(1, rule.keep)])
     if rule.every > 0:
         kept |= {step for step in steps if step % rule.every == 0}
-    judged = {step: value for step, value in scores.items() if value is not None}
-    if rule.best is not None and judged:
-        sign = 1.0 if lower_is_better(rule.best) else -1.0
-        kept.add(min(judged, key=lambda step: (sign * judged[step], step)))
+    if rule.best is not None:
+        kept.update(best_first(scores, rule.best)[:1])
     return kept
 
 
 class Best:
-    """The best value of the metric so far, and the value at the step just validated."""
+    """The best value of the metric so far, and the value at the step just validated.
 
-    def __init__(self, metric: str | None) -> None:
-        self.metric = metric
+    Validations of steps before `first` do not count (see selection.first_judged).
+    """
+
+    def __init__(self, metric: str | None, first: int = 0) -> None:
+        self.metric, self.first = metric, first
         self.value: float | None = None
         self.step = -1
         self._last: tuple[int, float] | None = None
@@ -68,7 +69,7 @@ class Best:
                 f"are: {', '.join(sorted(metrics))}{nearest(self.metric, metrics)}"
             )
         value = float(metrics[self.metric])
-        if not math.isfinite(value):
+        if not math.isfinite(value) or step < self.first:
             return False
         self._last = step, value
         sign = 1.0 if lower_is_better(self.metric) else -1.0
@@ -78,7 +79,7 @@ class Best:
         return True
 
     def score_at(self, step: int) -> dict[str, Any] | None:
-        """What the manifest of `step` says, None when this step was not validated."""
+        """What the manifest of `step` says, None when no validation of this step counts."""
         if self._last is None or self._last[0] != step:
             return None
         return {"name": self.metric, "value": self._last[1]}
@@ -87,17 +88,24 @@ class Best:
         return {"metric": self.metric, "value": self.value, "step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """With another metric than before, the search begins anew."""
-        if state["metric"] == self.metric:
+        """With another metric than before, or a best step that does not count (any more), the
+        search begins anew.
+        """
+        if state["metric"] == self.metric and state["step"] >= self.first:
             self.value, self.step = state["value"], state["step"]
 
+    def scores_of(self, manifests: Iterable[Mapping[str, Any]]) -> dict[int, float | None]:
+        """step -> value of the metric of each manifest, None where it has none that counts."""
+        found: dict[int, float | None] = {}
+        for values in manifests:
+            step, score = values["step"], values.get("score") or {}
+            counts = score.get("name") == self.metric and step >= self.first
+            found[step] = score.get("value") if counts else None
+        return found
 
-def scores_of(
-    manifests: Iterable[Mapping[str, Any]], metric: str | None
-) -> dict[int, float | None]:
-    """step -> value of `metric` of each manifest."""
-    found: dict[int, float | None] = {}
-    for values in manifests:
-        score = values.get("score")
-        found[values["step"]] = score["value"] if score and score["name"] == metric else None
-    return found
+
+def best_first(scores: Mapping[int, float | None], metric: str) -> list[int]:
+    """The steps that have a value, best first; of equal values the earlier."""
+    sign = 1.0 if lower_is_better(metric) else -1.0
+    judged = {step: value for step, value in scores.items() if value is not None}
+    return sorted(judged, key=lambda step: (sign * judged[step], step))

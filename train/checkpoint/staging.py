@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo
@@ -17,8 +17,12 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from torch import Tensor
 
 from train.checkpoint import manifest, scan
+from train.config import UserError
 
-__all__ = ["StagingEngine", "host_copy", "write_files"]
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+__all__ = ["StagingEngine", "host_copy", "staging_engine", "write_files"]
 
 
 class StagingEngine(CheckpointEngine):
@@ -45,6 +49,25 @@ class StagingEngine(CheckpointEngine):
         """The files of the last `engine.save_checkpoint`: path -> content in host memory."""
         taken, self._taken = self._taken, {}
         return taken
+
+
+def staging_engine(engine: DeepSpeedEngine) -> StagingEngine:
+    """The engine's reader and writer of files, ours from now on. Raises UserError when the settings
+    ask for another.
+    """
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    current: Any = engine.checkpoint_engine
+    if isinstance(current, StagingEngine):
+        return current
+    if not isinstance(current, TorchCheckpointEngine):
+        raise UserError(
+            "engine.config: checkpoint.writer: checkpoints are written by this program (set "
+            "checkpoint.asynchronous in the run file): leave it out"
+        )
+    staging: Any = StagingEngine()  # a CheckpointEngine; DeepSpeed's type lists its own ones only
+    engine.checkpoint_engine = staging
+    return staging
 
 
 def host_copy(value: Any) -> Any:

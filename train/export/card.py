@@ -27,6 +27,7 @@ class Facts:
         dense_prunable: prunable parameters before pruning, for the sparsity.
         command: how to make the model again.
         origin: where the first weights came from (train.student.FirstWeights.save).
+        selected: step whose weights the run ended with (checkpoint.selection.Selected).
         sparsity: what pruning kept, by modality (sparsity.json of the run); a card tells it only of
             the model with as many parameters as pruning left, not of RUN/dense.
         bench: of espalier bench --json.   benched: this model's name in it.
@@ -38,6 +39,7 @@ class Facts:
     dense_prunable: int | None = None
     command: str = ""
     origin: Mapping[str, Any] = field(default_factory=dict)
+    selected: Mapping[str, Any] = field(default_factory=dict)
     sparsity: Mapping[str, Any] = field(default_factory=dict)
     bench: Mapping[str, Any] = field(default_factory=dict)
     benched: str = ""
@@ -78,6 +80,7 @@ class Facts:
             data=data,
             command=f"espalier {stage} run.yaml" if stage else "",
             origin=_json(folder / "origin.json"),
+            selected=_json(folder / "selected.json"),
             sparsity=_json(folder / "sparsity.json"),
             **measured,
         )
@@ -144,6 +147,16 @@ def _origin(origin: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _selection(selected: Mapping[str, Any]) -> str:
+    metric, step, value = (selected[key] for key in ("metric", "step", "value"))
+    if value is None:
+        return f"Of the last step, {step}: no validation of {metric} counted."
+    return (
+        f"Of step {step} of {selected['last_step']}, by {metric} on the validation data ({value:.4f}), "
+        "which is therefore no unbiased estimate."
+    )
+
+
 def card(
     model: XVLM, facts: Facts, dtype: str, size: int, graphs: Mapping[str, Any] | None = None
 ) -> str:
@@ -176,6 +189,8 @@ def card(
     ]
     if facts.origin:
         lines += ["## First weights", "", *_origin(facts.origin), ""]
+    if facts.selected:
+        lines += ["## Selection", "", _selection(facts.selected), ""]
     if facts.data:
         lines += ["## Data", "", "| split | task | samples | manifest hash |", "|---|---|---|---|"]
         lines += [

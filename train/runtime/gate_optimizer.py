@@ -76,7 +76,8 @@ class GateOptimizer:
 
     Steps count applied or skipped general steps from 0. From `freeze_step` on the structure is
     fixed: gates that meet the budget exactly are made once and kept in the state; neither gates nor
-    multipliers move any more (the published code let the Lagrangian push them on alone).
+    multipliers move any more (the published code let the Lagrangian push them on alone). Without it
+    the loop fixes it after the last step; a run that is then given more steps moves them again.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class GateOptimizer:
         )
         self._ahead: _Sample | None = None  # of the coming step
         self._frozen: Tensor | None = None
+        self._goal: float | None = None  # what the constraint asked for when it was fixed
         self._frozen_active: ActiveUnits | None = None
         self._step = 0
 
@@ -132,6 +134,8 @@ class GateOptimizer:
             self._sampled = None
             self._write(self._frozen, self._frozen_active, requires_grad=False)
             return
+        if self._frozen is not None:  # the run had ended here, and has more steps now
+            self._thaw()
         sample, self._ahead = self._ahead, None
         if sample is None or sample.key != (step, generator.initial_seed()):
             sample = self._sample(step, generator)
@@ -223,7 +227,18 @@ class GateOptimizer:
     def freeze(self) -> None:
         """Fixes the structure now; does nothing when it is fixed."""
         if self._frozen is None:
+            self._goal = self.budget.constraint.sparsity
             self._fix(self._final())
+
+    def _thaw(self) -> None:
+        """Opens a structure that was fixed at the end of a shorter run. The gates have not moved
+        since; a speed-up that was measured may have corrected the target.
+        """
+        constraint = self.budget.constraint
+        if self._goal is not None:
+            constraint.replace(constraint.costs, self._goal)
+        self._goal = None
+        self._fix(None)
 
     def _fix(self, structure: Tensor | None) -> None:
         self._frozen = structure
@@ -296,6 +311,7 @@ class GateOptimizer:
             ),
             "budget": self.budget.state_dict(),
             "frozen": None if self._frozen is None else self._frozen.cpu().clone(),
+            "goal": self._goal,
             "skipped": self.skipped,
             "step": self._step,
         }
@@ -308,7 +324,7 @@ class GateOptimizer:
         self.bank.load_state_dict(state["bank"])
         _load_optimizer_state(self._gate_optimizer, state["gate_optimizer"])
         _load_optimizer_state(self._multiplier_optimizer, state["multiplier_optimizer"])
-        frozen = state["frozen"]
+        frozen, self._goal = state["frozen"], state.get("goal")
         self._fix(None if frozen is None else frozen.to(self.bank.log_alpha))
         self._ahead = None  # it was sampled from the gates before
         self.skipped, self._step = int(state["skipped"]), int(state["step"])

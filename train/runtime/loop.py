@@ -8,10 +8,11 @@ applied general steps.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from data_pipeline.batches import Batch
 from train.checkpoint import state as run_state
 from train.checkpoint.same_config import check_config
+from train.checkpoint.selection import SELECTED, select
 from train.config import RunConfig, UserError
 from train.monitor.deepspeed import attach
 from train.monitor.watchdog import StallWatchdog
@@ -250,6 +252,9 @@ def _between_steps(
     config, step, record, better = run.config, progress.step, {}, False
     paused = time.perf_counter()
     last = step == config.optim.steps
+    if last and run.gates is not None and not stop.agreed:
+        _fix_structure(run)
+        window.started += time.perf_counter() - paused  # which may take timing runs
     if (_due(config.log.every, step) or last) and not late:
         record, window = make_record(run, step, window, guard), Window()
     if late or _due(config.eval.every, step) or last:
@@ -259,6 +264,8 @@ def _between_steps(
             better = run.checkpoints.best.see(step, validated.get("validation", {}))
             if late:  # the step has its checkpoint, which `save` would not write twice
                 run.checkpoints.note_score(step)
+                if last and run.gates is not None:  # its record was of gates that a stop left open
+                    record["sparsity"] = run.gates.metrics()
             record |= validated
     if record:
         run.monitor.step(step, progress.samples, record)
@@ -277,6 +284,16 @@ def _between_steps(
         time.perf_counter() - paused
     )  # samples/s is of training, not of validation and saving
     return window
+
+
+def _fix_structure(run: Run) -> None:
+    """Before the validation of the last step, which is then of the model that is cut and written.
+    Nothing to do from `prune.freeze_step` on. All ranks: a speed-up is measured, and they agree on
+    what it says.
+    """
+    assert run.gates is not None
+    report.at("fixing the structure")
+    run.gates.freeze()
 
 
 def _due(every: int, step: int) -> bool:
@@ -303,13 +320,25 @@ def validate(run: Run, step: int, stop: StopFlag | None = None) -> dict[str, Any
 
 def _finish(run: Run, progress: Progress) -> None:
     """Last checkpoint and the model folder. A run with gates is cut and saved by its stage, not
-    here.
+    here. With `checkpoint.best` the engine holds the best checkpoint's weights from here on.
     """
     save(run, progress, wait=True)
+    _select(run, progress.step)
     if run.gates is None:
         save_model(run)
     run.monitor.finished()
     _LOG.info("done: %d steps, %d samples", progress.step, progress.samples)
+
+
+def _select(run: Run, last: int) -> None:
+    """Loads the best weights, and says in the run directory which they are."""
+    report.at("choosing the best checkpoint")
+    selected = select(run.checkpoints, run.engine, last)
+    if run.dist.rank == 0:
+        path = run.directory / SELECTED
+        path.unlink(missing_ok=True)  # of an earlier end of this run
+        if selected is not None:
+            path.write_text(json.dumps(asdict(selected), indent=2) + "\n", encoding="utf-8")
 
 
 def save_model(run: Run) -> None:

@@ -56,7 +56,7 @@ def walk(config: RunConfig, resume: str, rebase: bool = False) -> int:
             run.first.save(directory / ORIGIN)
         code = train(run, resume, rebase)
         if code == 0 and run.gates is not None:
-            run.gates.freeze()  # all ranks: a speed-up is measured, and they agree on what it says
+            run.gates.freeze()  # it is, but for a stop at the last step of a run without validation
             save_model(run)
             if dist.rank == 0:
                 slim_model(run)

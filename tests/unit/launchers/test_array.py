@@ -149,6 +149,8 @@ def test_the_table_has_metrics_sparsity_and_speed() -> None:
     expected = {"r_mean": 0.5, "accuracy": 0.75, "sparsity": 0.251, "ms@32": 4.0, "x@32": 2.25}
     assert {name: rows[0][name] for name in expected} == expected == results(home)
     assert rows[1] == {"job": "prune-b", "state": "failed (2)", "minutes": 0.0}
+    (home / "selected.json").write_text(json.dumps({"metric": "r_mean", "step": 1}))
+    assert results(home) == expected | {"r_mean": 0.25}, "not of the model that was written"
     with Path("queue/table.csv").open() as file:
         assert [row["x@32"] for row in csv.DictReader(file)] == ["2.25", ""]
     head, first, second = text.splitlines()[:3]

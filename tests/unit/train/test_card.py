@@ -47,6 +47,18 @@ def test_only_the_pruned_model_of_a_run_has_its_sparsity(tmp_path: Path) -> None
     assert "pruned part" not in card(dense, Facts.of_run(tmp_path / "dense"), "fp16", 1)
 
 
+def test_card_says_which_step_was_selected(tmp_path: Path) -> None:
+    model = presets.create("blocksworld-micro-student")
+    (tmp_path / "run.yaml").write_text("stage: finetune\n")
+    found = {"metric": "accuracy", "step": 40, "value": 0.5, "last_step": 100, "last_value": 0.25}
+    (tmp_path / "selected.json").write_text(json.dumps(found))
+    text = card(model, Facts.of_run(tmp_path / "model"), "fp32", 1)
+    assert "Of step 40 of 100, by accuracy on the validation data (0.5000)" in text
+    (tmp_path / "selected.json").write_text(json.dumps(found | {"step": 100, "value": None}))
+    text = card(model, Facts.of_run(tmp_path / "model"), "fp32", 1)
+    assert "Of the last step, 100: no validation of accuracy counted." in text
+
+
 def test_card_of_a_model_without_a_run_has_no_empty_chapters(tmp_path: Path) -> None:
     text = card(presets.create("blocksworld-micro-student"), Facts.of_run(tmp_path), "fp32", 1)
     assert "## Recipe" not in text and "Sparsity" not in text

@@ -54,6 +54,8 @@ class FakeGates:
     def prepare(self, step: int, generator: torch.Generator) -> None:
         self.prepared.append((step, generator.initial_seed()))
 
+    def freeze(self) -> None: ...
+
     def metrics(self) -> dict[str, float]:
         return {"target": 0.25}
 

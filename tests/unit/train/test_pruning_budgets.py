@@ -255,6 +255,20 @@ def test_a_miss_is_corrected_and_told(caplog, slower):
     assert report["speedup"]["measured"] == last["measured"]
 
 
+def test_more_steps_ask_for_the_target_before_the_correction():
+    """A run that ended, with a structure corrected on the clock, and is given more steps."""
+    budget = speedup_budget(make_bank(), PruneConfig(), 2.2, slower=0.8)
+    gates = GateOptimizer(budget.constraint.bank, PruneConfig(), "cpu", 1, budget)
+    asked = budget.constraint.sparsity
+    gates.freeze()
+    assert budget.constraint.sparsity > asked
+    longer = GateOptimizer(budget.constraint.bank, PruneConfig(), "cpu", 1, budget)
+    longer.load_state_dict(gates.state_dict())
+    assert longer.frozen and budget.constraint.sparsity > asked
+    longer.begin_step(7, torch.Generator().manual_seed(7))
+    assert not longer.frozen and budget.constraint.sparsity == asked
+
+
 def test_what_correcting_cannot_reach_is_told(caplog):
     budget = speedup_budget(make_bank(), PruneConfig(), 2.2, slower=0.3)
     with caplog.at_level(logging.WARNING):
