@@ -128,6 +128,7 @@ class GateBank:
         self.total = float(self.costs.sum()) if total is None else float(total)
         self._index, self._padding = self._grid()
         self._row = self._spread(list(range(len(self.rows)))).long()
+        self._units = torch.tensor([row.units for row in self.rows])
         sizes = [self._slots[row.name].size for row in self.rows]
         self._multiples = torch.tensor([alignment // math.gcd(alignment, n) for n in sizes])
         self.to(device)
@@ -180,7 +181,7 @@ class GateBank:
         """Moves everything to `device`, in place; before an optimizer has seen the parameters."""
         self.log_alpha.data = self.log_alpha.data.to(device)
         self.multipliers.data = self.multipliers.data.to(device)
-        for name in ("costs", "_index", "_padding", "_row", "_multiples"):
+        for name in ("costs", "_index", "_padding", "_row", "_units", "_multiples"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
@@ -200,6 +201,14 @@ class GateBank:
     def by_gate(self, rows: Tensor) -> Tensor:
         """(R,) values -> (G,), each repeated over the units of its row."""
         return rows.index_select(0, self._row)
+
+    def row_sums(self, flat: Tensor) -> Tensor:
+        """(G,) values -> (R,) fp64 sums over the units of each row.
+
+        Every rank moves its own copy of the gates by these, so the order of the additions must
+        not be left to a GPU's atomics; nor may the host wait for lengths to be checked.
+        """
+        return torch.segment_reduce(flat.double(), "sum", lengths=self._units, unsafe=True)
 
     def share(self, modality: str) -> Tensor:
         """(G,) bool, True on the gates of a modality. Raises ValueError when it has none."""

@@ -34,23 +34,14 @@ def target_sparsity(step: int, sparsity: float, ramp_steps: int) -> float:
     return sparsity if ramp_steps <= 0 else min(1.0, step / ramp_steps) * sparsity
 
 
-def _per_row(bank: GateBank, values: Tensor) -> Tensor:
-    """(G,) -> (R,) fp64 sums over the gates of each row."""
-    rows = torch.tensor([row.units for row in bank.rows], device=values.device)
-    index = torch.arange(len(bank.rows), device=values.device)
-    index = index.repeat_interleave(rows, output_size=bank.gates)
-    zeros = torch.zeros(len(bank.rows), dtype=torch.float64, device=values.device)
-    return zeros.index_add(0, index, values.double())
-
-
 def expected_widths(bank: GateBank) -> Tensor:
     """(R,) fp64 expected number of open gates of each row, with gradient to log-alpha."""
-    return _per_row(bank, bank.probabilities_open())
+    return bank.row_sums(bank.probabilities_open())
 
 
 def bank_widths(bank: GateBank, z: Tensor) -> Tensor:
     """(R,) fp64 number of gates of each row that are not exactly 0 in `z` (G,)."""
-    return _per_row(bank, z.detach() != 0)
+    return bank.row_sums(z.detach() != 0)
 
 
 class WidthCosts:
