@@ -177,6 +177,19 @@ def test_vqa_learns_from_all_published_questions_but_those_it_chooses_by(name):
 FULL_TASKS = ("vqa", "nlvr2", "retrieval-coco", "retrieval-flickr30k", "captioning", "grounding")
 
 
+BEST = {"retrieval": "r_mean", "captioning": "cider"}
+
+
+@pytest.mark.parametrize("task", FULL_TASKS)
+def test_a_teacher_is_its_best_validated_step(task):
+    """The students are, too, where pruning has a fixed structure to choose from."""
+    teacher, pruned = load(f"xvlm-clip-base-{task}"), load(f"efficientvlm-{task}-prune")
+    assert teacher.checkpoint.best == BEST.get(teacher.task, "accuracy")
+    assert pruned.prune is not None
+    fixed = pruned.prune.freeze_step is not None
+    assert pruned.checkpoint.best == (teacher.checkpoint.best if fixed else None)
+
+
 @pytest.mark.parametrize("task", FULL_TASKS)
 def test_a_pruned_student_differs_from_the_distilled_one_in_pruning_alone(task):
     teacher = load(f"xvlm-clip-base-{task}")
