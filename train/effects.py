@@ -166,7 +166,7 @@ READERS = (
         when=_plans,
     ),
     Reader(
-        ("eval.every",),
+        ("eval.every", "checkpoint.best"),
         "nothing is validated without data.val",
         when=lambda config: config.data.val is not None,
     ),

@@ -139,6 +139,7 @@ def test_the_weights_of_distillation_are_those_that_a_step_reads(tmp_path, task)
         ("initialise.task_vector", ["initialise.task_vector=runs/a"], {}),
         ("eval.top_k", ["eval.top_k=3", "data.val=null"], {}),
         ("eval.every", ["eval.every=3", "data.val=null"], {}),
+        ("checkpoint.best", ["checkpoint.best=accuracy", "data.val=null"], {}),
         ("data.region.images", ["data.region.images=3"], {"stage": "distill", "task": "pretrain"}),
         ("data.max_fault_rate", ["data.max_fault_rate=0.1"], {}),
         ("optim.spike_window", ["optim.spike_window=9"], {}),
