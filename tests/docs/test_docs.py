@@ -115,8 +115,13 @@ def option(words: list[str], name: str, default: str) -> str:
 
 
 def test_evaluations_read_splits_that_a_command_builds():
-    """Of the sets that docs/data.md says how to make; `test` is the default of `espalier eval`."""
-    known = [shlex.split(line) for line in command_lines((ROOT / "docs" / "data.md").read_text())]
+    """Of the sets that the docs say how to make; `test` is the default of `espalier eval`."""
+    known = [
+        shlex.split(line)
+        for document in DOCUMENTS
+        for line in command_lines(document.read_text())
+        if line.startswith("espalier data build")
+    ]
     built = {
         (option(words, "--out", ""), option(words, "--split", "train"))
         for words in known

@@ -41,6 +41,7 @@ __all__ = [
 
 # Keeps every other row possible as a negative, however unlikely (published value).
 _FLOOR = 1e-5
+_LEAST_SIDE = 1 / 256  # of a predicted box, in GIoU: see `box_losses`
 
 
 class Similarities(NamedTuple):
@@ -263,8 +264,10 @@ def box_losses(pred: Tensor, target: Tensor, is_region: Tensor) -> tuple[Tensor,
     """L1 (summed over coordinates) and 1 - GIoU, each averaged over the region rows.
 
     A row with a box of negative size (only a broken target can have one) adds nothing to GIoU,
-    instead of switching the term off for the whole batch. Without region rows both are an exact 0
-    that still depends on `pred`.
+    instead of switching the term off for the whole batch. GIoU sees predicted sides of at least
+    1/256: its slope grows as one over the side, and a box that has shrunk to nothing would overflow
+    half precision; L1 draws it back. Without region rows both are an exact 0 that still depends on
+    `pred`.
 
     Args:
         pred, target: (B, 4) normalised (cx, cy, w, h).   is_region: (B,) bool.
@@ -277,8 +280,9 @@ def box_losses(pred: Tensor, target: Tensor, is_region: Tensor) -> tuple[Tensor,
     # Rows that do not count are computed on a harmless box: where() alone would let a NaN gradient
     # through.
     harmless = pred.new_tensor([0.5, 0.5, 1.0, 1.0])
+    seen = torch.cat([pred[:, :2], pred[:, 2:].clamp(min=_LEAST_SIDE)], dim=1)
     giou = generalized_iou(
-        _corners(torch.where(whole[:, None], pred, harmless)),
+        _corners(torch.where(whole[:, None], seen, harmless)),
         _corners(torch.where(whole[:, None], target, harmless)),
     )
     zero = l1.new_zeros(())

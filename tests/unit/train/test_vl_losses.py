@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from train.losses.assignment import draw_assignments
@@ -312,6 +312,7 @@ def test_boxes_by_loops(rows: list[tuple[tuple[float, ...], tuple[float, ...], b
     logits=st.lists(st.sampled_from([-80.0, -17.0, -9.0, 0.0, 9.0, 80.0]), min_size=8, max_size=8),
     sizes=st.lists(st.sampled_from([-0.2, 0.0, 1e-6, 0.5, 1.0]), min_size=4, max_size=4),
 )
+@example(logits=[0.0, -80.0, -17.0, -9.0, *[-80.0] * 4], sizes=[0.0, 0.0, -0.2, -0.2])
 def test_gradients_of_degenerate_boxes_fit_half_precision_under_a_loss_scale(
     dtype: torch.dtype, logits: list[float], sizes: list[float]
 ) -> None:
