@@ -8,6 +8,7 @@ MACs stand beside it, so that a model that computes less and is no faster is see
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -93,6 +94,8 @@ def _peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    # It writes lines of its own to the terminal otherwise, one of which calls a missing GPU an error.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         call()
     events = record.profiler.kineto_results.events()  # type: ignore[union-attr]

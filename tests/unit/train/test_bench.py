@@ -43,7 +43,7 @@ def folder(path: Path, name: str, form: str = "retrieval") -> Path:
     return path / name
 
 
-def test_bench_of_two_models(tmp_path: Path) -> None:
+def test_bench_of_two_models(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folders = {name: folder(tmp_path, name) for name in ("teacher", "student")}
     found = bench.bench(folders, (1, 3), WORK, repeats=3, warm_up=1)
     student = found["models"]["student"]
@@ -58,6 +58,7 @@ def test_bench_of_two_models(tmp_path: Path) -> None:
     assert 0 < student["peak_bytes"]["1"] < student["peak_bytes"]["3"]
     told = bench.table(found)
     assert "student" in told and "fewer MACs" in told and "batch 3" in told
+    assert "rofiler" not in capfd.readouterr().err, "torch's profiler writes to the terminal"
 
 
 def test_models_of_two_forms_are_no_comparison(tmp_path: Path) -> None:
