@@ -39,7 +39,9 @@ class BiasOnly(nn.Module):
 
     def forward(self, like: Tensor) -> Tensor:
         """(..., any) -> (..., D): the bias at every position of `like`."""
-        return self.bias.expand(*like.shape[:-1], -1)
+        # A sum, not a view of the parameter: in inference mode that would go on requiring
+        # gradients, on which hooks of torch's counters break.
+        return self.bias + self.bias.new_zeros(*like.shape[:-1], 1)
 
 
 KeyValues = tuple[Tensor, Tensor]  # keys and values, (B, H, K, d) each

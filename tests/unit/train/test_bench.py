@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import presets
 from models.summary import summarise, vision_macs
+from models.xvlm import XVLM
 from train.evaluation import bench
 from train.evaluation.macs import count_macs
 from train.evaluation.workload import PARTS, WHOLE, Workload, calls_of
@@ -36,6 +37,14 @@ def test_every_form_is_done_whole_and_in_parts(form: str) -> None:
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         calls[WHOLE]()
     assert counter.get_total_flops() // 2 == 2 * macs["total"], "two rows"
+
+
+def test_macs_of_a_model_with_layers_that_lost_all_heads() -> None:
+    full = presets.config("blocksworld-micro-student", form="vqa")
+    none = [0] * len(full.vision.heads)
+    empty = XVLM(presets.config("blocksworld-micro-student", form="vqa", vision={"heads": none}))
+    macs, before = (bench._macs(model.eval(), WORK, CPU) for model in (empty, XVLM(full)))
+    assert 0 < macs["vision"] < before["vision"] and macs["decoder"] == before["decoder"]
 
 
 def folder(path: Path, name: str, form: str = "retrieval") -> Path:
